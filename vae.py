@@ -1,0 +1,841 @@
+"""The 8x32x32 video VAE (Sec. 4.1, Table 3), below the plumbing and the data that every stage shares.
+
+    python vae.py                                    # toy: synthetic clips, a laptop, minutes
+    python vae.py --ratio 4x16x16 --out out_4x16x16  # another compression ratio of Table 3
+    python vae.py --data FOLDER                      # NAME.mp4 (or .png, .jpg), captions in NAME.txt
+    torchrun --nproc_per_node=8 vae.py --preset paper --data FOLDER
+
+video (B, 3, F, H, W) in [-1, 1] of F = 1 + 8k frames -> out/vae.pt, out/vae.png (inputs above reconstructions)
+"""
+import argparse
+import itertools
+import math
+import os
+import pickle
+import struct
+import sys
+import time
+import zlib
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange, reduce, repeat
+from tqdm import tqdm
+
+# ------------------------------------------------------------------------------------------------ plumbing
+# Command line, processes, optimiser, checkpoints and pictures: what every stage needs and the paper is silent on.
+
+
+class Abort(Exception):
+    """What the user can mend: the message is one line that says what is wrong and what to do."""
+
+
+def flag(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Stage:
+    """Flags that every script has; a script's Config adds its own."""
+    preset: str = flag("toy", "toy: minutes on a laptop; paper: the paper's sizes and hyper-parameters")
+    data: str = flag("synthetic", "synthetic, or a folder of NAME.mp4, .png or .jpg with captions in NAME.txt")
+    out: str = flag("out", "folder of results, and of the checkpoints of earlier stages")
+    seed: int = flag(0, "seeds weights, data and noise")
+
+
+def launch(main, Config, presets):
+    """Run a stage from the command line; what the user can mend ends in one line on stderr and exit status 2."""
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            self.exit(2, f"{self.prog}: {message} (python {self.prog} --help lists the flags)\n")
+
+    parser = Parser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Config):
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        if f.type is tuple:
+            kind = {"type": lambda text: tuple(int(n) for n in text.split(",")), "metavar": "N,N,..."}
+        parser.add_argument(f"--{f.name}", default=f.default, help=f"{f.metadata['help']} ({f.default})", **kind)
+    preset = parser.parse_known_args()[0].preset
+    if preset not in presets:
+        parser.error(f"--preset {preset}: choose from {', '.join(presets)}")
+    parser.set_defaults(**presets[preset])
+    try:
+        main(Config(**vars(parser.parse_args())))
+    except (Abort, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def setup(seed):
+    """Join torchrun's processes, if there are any. Returns this process's device, rank and the number of processes."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    torch.manual_seed(seed)
+    return device, rank, world
+
+
+def print0(*args):
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(*args, flush=True)
+
+
+def progress(start, total):
+    """Steps start .. total - 1: a bar on a terminal, elsewhere silent; the caller prints its lines with print0."""
+    return tqdm(range(start, total), initial=start, total=total, file=sys.stdout, disable=None, leave=False)
+
+
+def learning_rate(step, steps, warmup=20, decay=.5):
+    """Factor of the learning rate: linear warm-up, then constant, then linear to zero over the last share `decay`."""
+    return min((step + 1) / warmup, (1 - step / steps) / decay, 1)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal, for matrices and convolution kernels [Jordan et al. 2024].
+
+    # Ours: on the toy it learns several times faster than AdamW. torch.optim.Muon takes neither convolutions nor
+    # float32, which a CPU needs; here Newton-Schulz runs on the small Gram matrix, with the Polar Express coefficients.
+    """
+    COEFFICIENTS = (8.2872, -23.5959, 17.3004), (4.1071, -2.9478, .5448), (3.9487, -2.9089, .5518)
+
+    def __init__(self, params, lr, momentum=.95):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                average = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - group["momentum"])
+                update = self.orthogonal(p.grad.lerp(average, group["momentum"]).flatten(1))
+                p.add_(update.view_as(p), alpha=-group["lr"] * max(1, update.shape[0] / update.shape[1]) ** .5)
+
+    def orthogonal(self, x):
+        """About U V^T of the singular value decomposition U S V^T of x (m, n)."""
+        if x.shape[0] > x.shape[1]:
+            return self.orthogonal(x.T).T
+        x = x / (1.01 * x.norm() + 1e-7)
+        gram, product = x @ x.T, None
+        for a, b, c in self.COEFFICIENTS:
+            factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+            factor.diagonal().add_(a)
+            product = factor if product is None else factor @ product
+            gram = factor @ gram @ factor
+        return product @ x
+
+
+def make_optimizers(model, lr, muon_lr):
+    """AdamW for everything; with muon_lr, Muon for inner matrices and kernels (those not first or last in the model)."""
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    inner = {n for n, p in params.items() if muon_lr and p.ndim > 1 and n.split(".")[0] in model.inner}
+    adamw = torch.optim.AdamW([p for n, p in params.items() if n not in inner], lr, betas=(.9, .999), weight_decay=0,
+                              fused=True)
+    return [adamw] + ([Muon([params[n] for n in inner], muon_lr)] if inner else [])
+
+
+
+def update(loss, optimizers, step, cfg, path):
+    """Take step number `step` of the optimisers down the gradient of loss, unless the loss is not finite."""
+    if not loss.isfinite():
+        raise Abort(f"loss is {loss.item()} at step {step + 1}, which is not taken; {path} is as last saved: "
+                    "start again with a lower --lr (and --muon_lr)")
+    loss.backward()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("peak", group["lr"]) * learning_rate(step, cfg.steps)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def parallel(module, world):
+    return nn.parallel.DistributedDataParallel(module) if world > 1 else module
+
+
+def dry_run(stage, model, train, infer):
+    """Count what a training step, train() -> loss, and an inference step, infer(), take; on the meta device."""
+    from torch.utils.flop_counter import FlopCounterMode
+    own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with FlopCounterMode(display=False) as training, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        train().backward()
+    with FlopCounterMode(display=False) as inference, torch.no_grad():
+        infer()
+    count = sum(p.numel() for p in model.parameters())
+    activations = sum(size for storage, size in kept.items() if storage not in own)
+    return summary(stage, dict(parameters=count, train_tflops=training.get_total_flops() / 1e12,
+                               infer_tflops=inference.get_total_flops() / 1e12, weights_gb=4 * count / 1e9,
+                               gradients_gb=4 * count / 1e9, adamw_gb=8 * count / 1e9,
+                               activations_gb=activations / 1e9))
+
+
+def summary(stage, figures, began=None, then=None):
+    """Print a stage's last line, `STAGE key=value ...`, and what to run next. Returns the figures."""
+    if began:
+        figures = figures | {"minutes": (time.time() - began) / 60}
+    print0(stage, *(f"{k}={v:,}" if isinstance(v, int) else f"{k}={v:.4g}" for k, v in figures.items()))
+    if then:
+        print0("next:", then)
+    return figures
+
+def save(path, **checkpoint):
+    """Write a checkpoint of tensors and plain values so that `path` always holds a whole one, the old or the new."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        torch.save(checkpoint, part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise Abort(f"cannot write {path}: {error}".splitlines()[0]) from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load(path, stage=None):
+    """Read a checkpoint, weights and plain values only. With `stage`, it must be finished, and of that stage."""
+    script = f"{stage or Path(path).stem}.py"
+    if not Path(path).exists():
+        raise Abort(f"{path} is missing: run python {script} first, or point --out at the folder that has it")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        step, steps, kind = checkpoint["step"], checkpoint["config"]["steps"], checkpoint["stage"]
+    except (RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
+        raise Abort(f"{path} is no whole checkpoint of ours: delete it and run python {script} again") from None
+    if stage and kind != stage:
+        raise Abort(f"{path} was made by {kind}.py, not by {script}")
+    if stage and step < steps:
+        raise Abort(f"{path} stopped at step {step} of {steps}: finish it with python {script} --resume")
+    return checkpoint
+
+
+def resume(path, cfg, modules, optimizers):
+    """Load the state of an interrupted run of the same flags into modules (a dict) and optimizers; returns its step."""
+    checkpoint = load(path)
+    changed = [k for k, v in asdict(cfg).items() if k not in ("resume", "out") and checkpoint["config"].get(k) != v]
+    if changed:
+        raise Abort(f"{path} was made with another --{changed[0]}: resume with the flags that it was started with")
+    for name, module in modules.items():
+        module.load_state_dict(checkpoint[name])
+    for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
+        optimizer.load_state_dict(state)
+    torch.set_rng_state(checkpoint["rng"])
+    return checkpoint["step"]
+
+
+def write_png(path, video, fps=8):
+    """Write video (3, F, H, W) in [-1, 1] as a PNG, animated (APNG) if it has more than one frame."""
+    frames = ((rearrange(video, "c f h w -> f h w c").clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+    count, height, width, _ = frames.shape
+
+    def chunk(kind, *values):
+        body = kind + b"".join(v if isinstance(v, bytes) else struct.pack(">I", v) for v in values)
+        return struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+
+    data = [b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", width, height, b"\x08\x02\0\0\0")]
+    data += [chunk(b"acTL", count, 0)] * (count > 1)
+    for i, frame in enumerate(frames):
+        above = np.diff(frame, axis=0, prepend=np.zeros((1, width, 3), np.uint8)).reshape(height, -1)
+        rows = np.pad(above, ((0, 0), (1, 0)), constant_values=2)  # PNG's filter 2: differences to the row above
+        control = chunk(b"fcTL", max(0, 2 * i - 1), width, height, 0, 0, struct.pack(">HHBB", 100, round(100 * fps), 0, 0))
+        pixels = zlib.compress(rows.tobytes(), 6)
+        data += [control] * (count > 1) + [chunk(b"fdAT", 2 * i, pixels) if i else chunk(b"IDAT", pixels)]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_bytes(b"".join(data + [chunk(b"IEND")]))
+
+
+# ------------------------------------------------------------------------------------------------ the toy world
+COLOURS = {"red": (.9, .1, .1), "green": (.1, .8, .15), "blue": (.15, .25, .95), "yellow": (.95, .9, .1),
+           "white": (.97, .97, .97), "magenta": (.9, .15, .9)}
+SHAPES = ("circle", "square", "triangle", "cross")
+MOTIONS = ("moves left", "moves right", "moves up", "moves down", "moves diagonally up-right",
+           "moves diagonally down-left", "bounces up-and-down", "orbits clockwise")
+BACKGROUNDS = {"black": ((.03, .03, .03),) * 2, "gray": ((.5, .5, .5),) * 2, "teal": ((0, .45, .45),) * 2,
+               "brown": ((.4, .22, .08),) * 2, "sunset": ((.95, .5, .15), (.25, .08, .4))}  # (top, bottom) RGB
+ATTRIBUTES = {"colour": tuple(COLOURS), "shape": SHAPES, "motion": MOTIONS, "background": tuple(BACKGROUNDS)}
+HEADINGS = torch.tensor([[-1, 0], [1, 0], [0, -1], [0, 1], [.5 ** .5, -.5 ** .5], [-.5 ** .5, .5 ** .5]])  # (x, y down)
+COMBINATIONS = torch.tensor(list(itertools.product(*(range(len(v)) for v in ATTRIBUTES.values()))))  # (960, 4)
+HELD_OUT = (COMBINATIONS @ torch.tensor([1, 3, 7, 2])) % 10 == 0  # 96 of them, which no stage trains on
+
+
+def caption(attributes):
+    """Words of one clip's 4 attributes; -1 leaves one out."""
+    colour, shape, motion, background = (names[i] if i >= 0 else "" for names, i in zip(ATTRIBUTES.values(), attributes))
+    words = ["a", colour, shape or "thing", motion, background and f"on a {background} background"]
+    return " ".join(filter(None, words))
+
+
+def signed_distance(shape, x, y, r):
+    """Distance in units of x and y to the outline of SHAPES[shape] of radius r at the origin, negative inside."""
+    if shape == 0:
+        return (x ** 2 + y ** 2).sqrt() - r
+    if shape == 1:
+        return torch.maximum(x.abs(), y.abs()) - .9 * r
+    if shape == 2:
+        return torch.maximum(y, .75 ** .5 * x.abs() - .5 * y) - .62 * r
+    bar = lambda a, b: torch.maximum(a.abs() - 1.05 * r, b.abs() - .36 * r)
+    return torch.minimum(bar(x, y), bar(y, x))
+
+
+def track(attributes, rng, frames):
+    """Radius and path of one object: r and (frames, 2) centres (x, y down), in units of the frame, always inside it."""
+    _, shape, motion, _ = attributes
+    r, u = rng.uniform(.16, .24), torch.linspace(0, 1, frames)
+    left, top, bottom = r * torch.tensor([[1, .9, 1.074, 1.05], [1, .9, 1.24, 1.05], [1, .9, .62, 1.05]])[:, shape]
+    if motion == 7:  # one clockwise turn, as seen
+        angle = rng.uniform(0, 2 * np.pi) + 2 * np.pi * u
+        return r, .5 + .18 * torch.stack([angle.cos(), angle.sin()], 1)
+    low, high = torch.stack([left, top]), 1 - torch.stack([left, bottom])
+    if motion == 6:
+        path = torch.stack([0 * u, -rng.uniform(.28, .38) * (2 * np.pi * u).sin().abs()], 1)
+    else:
+        room = ((high - low) / HEADINGS[motion].abs().clamp(min=1e-6)).min().item()
+        path = rng.uniform(.35, min(.5, room)) * u[:, None] * HEADINGS[motion]
+    low, high = low - path.amin(0), high - path.amax(0)
+    return r, low + (high - low) * torch.tensor(rng.uniform(size=2), dtype=torch.float32) + path
+
+
+def render(attributes, seed=0, index=0, frames=17, size=128):
+    """Anti-aliased clips of one moving object on a plain background.
+
+    attributes: (n, 4) long, positions in ATTRIBUTES. Clip i depends on (seed, index + i) and its attributes alone.
+    Returns video (n, 3, frames, size, size) in [-1, 1].
+    """
+    p = (torch.arange(size) + .5) / size
+    video = torch.empty(len(attributes), 3, frames, size, size)
+    for i, a in enumerate(attributes.tolist()):
+        r, path = track(a, np.random.default_rng((seed, index + i)), frames)
+        x, y = p - path[:, 0, None, None], p[:, None] - path[:, 1, None, None]                       # (F, 1, W), (F, H, 1)
+        inside = (.5 - size * signed_distance(a[1], x, y, r)).clamp(0, 1)                            # (F, H, W)
+        top, bottom = torch.tensor(list(BACKGROUNDS.values())[a[3]])[..., None, None, None]          # (3, 1, 1, 1)
+        ground = torch.lerp(top, bottom, p[:, None])                                                 # (3, 1, H, 1)
+        video[i] = torch.lerp(ground.expand(3, frames, size, size), torch.tensor(list(COLOURS.values())[a[0]])[:, None, None, None].expand(3, frames, size, size), inside)
+    return video * 2 - 1
+
+
+# ------------------------------------------------------------------------------------------------ the toy's reader
+PALETTE = torch.tensor(list(COLOURS.values())) * 2 - 1                                                      # (6, 3)
+GROUNDS = torch.tensor(list(BACKGROUNDS.values())) * 2 - 1                                                  # (5, 2, 3)
+AREAS = torch.tensor([np.pi, 1.8 ** 2, 27 ** .5 * .62 ** 2, .72 * (4.2 - .72)]).float()      # of SHAPES at radius 1
+PERIMETERS = torch.tensor([2 * np.pi, 4 * 1.8, 108 ** .5 * .62, 4 * 2.1]).float()
+MIN_IOU = torch.tensor([.945, .945, .92, .87])  # strict where blobs come close, lax where blur takes the corners away
+MIN_LEAD, MAX_EDGE = .04, .037           # IoU ahead of the second shape; width of the outline's soft edge, in frames
+REACH = torch.tensor([[.25, .65], [.2, .5], [.12, .26]])     # shortest and longest straight move, bounce and orbit
+
+
+def read_motion(path, seen):
+    """Motion (-1 = not recognised) of an object at path (F, 2) where seen (F,) is 1, and the path's jerkiness."""
+    z, u, p = torch.complex(*path.T), torch.linspace(0, 1, len(path)), seen / seen.sum()
+    ways = torch.stack([u + 0j, (2 * np.pi * u).sin().abs() + 0j, torch.exp(2j * np.pi * u)])  # straight, bounce, orbit
+    z, ways = z - (p * z).sum(), ways - (p * ways).sum(1, keepdim=True)
+    scale = (p * ways.conj() * z).sum(1) / (p * ways.abs() ** 2).sum(1)  # complex: how far, and in which direction
+    rest = z - scale[:, None] * ways
+    misses = (p * rest.abs() ** 2).sum(1).sqrt()
+    way = misses.argmin().item()
+    # Second differences of what the closest way leaves over, so that a bounce's kinks cost nothing.
+    triples = seen[2:] * seen[1:-1] * seen[:-2]
+    jerk = (rest[way].diff(n=2).abs() * triples).sum() / triples.sum().clamp(min=1)
+    reach, (low, high) = scale[way].abs(), REACH[way]
+    cosines = HEADINGS @ torch.view_as_real(scale[way] / reach)
+    motion, cosine = ((cosines.argmax().item(), cosines.max()), (6, cosines[2]), (7, 1))[way]
+    fits = low < reach < high and cosine > .92 and misses[way] < .35 * (p * z.abs() ** 2).sum().sqrt()
+    return motion if fits else -1, jerk
+
+
+def look(clip):
+    """One clip (3, F, H, W): its attributes, and its flicker, smoothness, constancy and sharpness (1 is best)."""
+    size, few = clip.shape[-1], clip[:, ::2]                         # every second frame tells the colours
+    p = (torch.arange(size) + .5) / size
+    border = (p - .5).abs() > .48
+    border = border | border[:, None]                                # an object covers less than a quarter of it
+    grounds = rearrange(torch.lerp(GROUNDS[:, :1], GROUNDS[:, 1:], p[:, None]), "k h c -> k c 1 h 1")
+    off = few[..., border] - grounds.expand(-1, -1, -1, -1, size)[..., border]                  # (5, 3, F/2, border)
+    errors = reduce(off.abs(), "k c f p -> k (f p)", "mean")
+    best = errors.mean(1).argmin().item()
+    background = best if (errors[best] < .2).float().mean() > .7 else -1
+    ground = grounds[best] + rearrange(off[best], "c f p -> c (f p)").median(1).values[:, None, None, None]
+    nothing = torch.tensor([-1, -1, -1, background]), torch.zeros(4)
+
+    away = clip - ground
+    apart = away[:, ::2].abs().amax(0)
+    most = apart[:, ::4, ::4].quantile(.97)                          # the smallest object covers 5% of a frame
+    if most < .4:
+        return nothing
+    paint = few[:, apart > .6 * most].median(1).values               # without the soft edge
+    wrong = (paint - PALETTE).abs().mean(1)
+    axis = paint[:, None, None, None] - ground
+    matte = ((away * axis).sum(0) / (axis ** 2).sum(0).clamp(min=.1)).clamp(max=1)              # (F, H, W)
+    matte = matte * (matte > .15)                                    # a little noise everywhere is no object
+    area = matte.mean((1, 2))
+    path = torch.stack([matte.mean(1) @ p, matte.mean(2) @ p], 1) / size / area[:, None].clamp(min=1e-6)
+    x, y = p - path[:, 0, None, None], p[:, None] - path[:, 1, None, None]
+    radius = (area / AREAS[:, None]).sqrt()                                                     # (4, F)
+    outlines = [signed_distance(shape, x, y, r[:, None, None]) for shape, r in enumerate(radius)]
+    misses = torch.stack([((outline < 0) ^ (matte > .5)).float().mean((1, 2)) for outline in outlines])
+    ious = (2 * area - misses) / (2 * area + misses).clamp(min=1e-6)  # the two areas are the same
+    seen = ((area > .02) & (area < .3) & (ious.amax(0) > .5)).float()
+    if seen.mean() < .75:
+        return nothing
+
+    mean = lambda values: (values * seen).sum(-1) / seen.sum()
+    vary = lambda values: mean((values - mean(values)[..., None]).abs()).mean()
+    (iou, second), (shape, _) = [pair.tolist() for pair in mean(ious).topk(2)]
+    edge = mean(((matte - .5).abs() < .3).float().mean((1, 2)) / (PERIMETERS[shape] * radius[shape]).clamp(min=1e-6))
+    clear = iou > MIN_IOU[shape] and iou - second > MIN_LEAD and edge < MAX_EDGE
+    motion, jerk = read_motion(path, seen)
+    far = (outlines[shape] > .05) * seen[:, None, None]
+    far = far[1:] * far[:-1]
+    flicker = (away.diff(dim=1).abs().mean(0) * far).sum() / far.sum().clamp(min=1)
+    core = (matte > .8).float()
+    paints = (clip * core).mean((2, 3)) / core.mean((1, 2)).clamp(min=1e-6)                     # (3, F)
+    true = (.5 - size * outlines[shape]).clamp(0, 1)
+    blur = (matte - true * (true > .15)).abs().mean((1, 2)) / area.clamp(min=1e-6)              # (F,)
+    change = vary(area) / mean(area) + vary(paints) + vary(blur)
+    quality = 1 - torch.stack([flicker / .2, jerk / .03, 2 * change, 2 * mean(blur)])
+    read = [wrong.argmin() if wrong.min() < .25 else -1, shape if clear else -1, motion, background]
+    return torch.tensor(read), quality.clamp(min=0) * seen.mean()
+
+
+def read_attributes(video):
+    """Attributes (n, 4) of clips (n, 3, F, H, W) in [-1, 1], the twin of render; -1 = not recognised."""
+    return torch.stack([look(clip)[0] for clip in video.float()])
+
+
+def score(video, attributes):
+    """The toy's VBench of clips for captions that say attributes (n, 4), -1 = left open."""
+    read, quality = map(torch.stack, zip(*map(look, video.float())))
+    left_open, entropies = attributes < 0, []
+    for values, free, names in zip(read.T, left_open.T, ATTRIBUTES.values()):
+        if free.any():  # of what is chosen where the caption leaves the choice, so that a collapsed model shows
+            counts = torch.bincount(values[free & (values >= 0)], minlength=len(names))
+            entropies.append(torch.special.entr(counts / counts.sum().clamp(min=1)).sum().item() / np.log(len(names)))
+    right = torch.where(left_open, read >= 0, read == attributes)
+    figures = {"semantic": right.all(1).float().mean().item(), **dict(zip(ATTRIBUTES, right.float().mean(0).tolist()))}
+    figures |= dict(zip(("flicker", "smoothness", "constancy", "sharpness"), quality.mean(0).tolist()))
+    figures |= {"quality": quality.mean().item(), "entropy": sum(entropies) / len(entropies) if entropies else 1.}
+    return {"total": (4 * figures["quality"] + figures["semantic"]) / 5, **figures}
+
+
+# ------------------------------------------------------------------------------------------------ data
+VIDEOS, IMAGES = (".mp4", ".mov", ".mkv", ".webm", ".avi"), (".png", ".jpg", ".jpeg")
+
+
+@dataclass
+class DataConfig(Stage):
+    """What a clip is; it travels with the checkpoints, so that later stages see the same clips."""
+    frames: int = flag(17, "frames of a clip, 1 + a multiple of the VAE's temporal ratio")
+    height: int = flag(128, "pixels")
+    width: int = flag(128, "pixels")
+    fps: float = flag(8., "frames per second that videos are resampled to")
+
+
+class SyntheticClips:
+    """The toy world: clip i depends on (seed, i) alone. Splits: train; full, unseen combinations; open, half told."""
+
+    kinds = {"clips": range(2 ** 31)}
+
+    def __init__(self, cfg, split="train"):
+        self.cfg, self.split, self.seed = cfg, split, 3 * cfg.seed + ("train", "full", "open").index(split)
+
+    def attributes(self, i):
+        """What clip i shows and what its caption says of it, -1 where it is silent: two tensors of 4."""
+        rng = np.random.default_rng((self.seed, i))
+        if self.split == "full":
+            shown = COMBINATIONS[HELD_OUT][i % HELD_OUT.sum()]
+            return shown, shown
+        seen = COMBINATIONS[~HELD_OUT]
+        shown = seen[rng.integers(len(seen))]
+        silent = rng.random(4) < .2 if self.split == "train" else rng.permutation(4) < 2
+        return shown, torch.where(torch.from_numpy(silent), -1, shown)
+
+    def __getitem__(self, i):
+        shown, said = self.attributes(i)
+        return render(shown[None], self.seed, i, self.cfg.frames, self.cfg.height)[0], caption(said.tolist())
+
+
+class VideoFolder:
+    """A folder of videos and images with captions. Clip i is a window of file i % n, images being one-frame clips.
+
+    Raises Abort where the folder, a caption or `av` is missing, or a file cannot be read or is too short.
+    """
+    WINDOWS = 8  # Ours: starts per video, evenly spread, so that decoded clips can be kept
+
+    def __init__(self, cfg):
+        self.cfg, folder = cfg, Path(cfg.data)
+        if not folder.is_dir():
+            raise Abort(f"--data {folder} is no folder: give one with NAME.mp4 and NAME.txt, or leave it synthetic")
+        self.files = sorted(f for f in folder.iterdir() if f.suffix.lower() in VIDEOS + IMAGES)
+        if not self.files:
+            raise Abort(f"--data {folder} holds no {', '.join(VIDEOS + IMAGES)} file")
+        for f in self.files:
+            if not f.with_suffix(".txt").exists():
+                raise Abort(f"{f} has no caption: write one into {f.with_suffix('.txt').name} beside it")
+        try:
+            import av
+        except ImportError:
+            raise Abort("reading videos needs PyAV: pip install av") from None
+        videos = [f for f in self.files if f.suffix.lower() in VIDEOS]
+        self.items = list(itertools.product(range(self.WINDOWS), videos)) + [(0, f) for f in files if f not in videos]
+        n = self.WINDOWS * len(videos)
+        self.kinds = {"clips": range(n), "images": range(n, len(self.items))}
+        self.kinds = {kind: indices for kind, indices in self.kinds.items() if indices}
+        self.read = lru_cache(256)(self.read)
+
+    def __getitem__(self, i):
+        window, path = self.items[i]
+        return self.read(path, window), " ".join(path.with_suffix(".txt").read_text().split())
+
+    def read(self, path, window):
+        """Decode one window -> (3, F, H, W) in [-1, 1], nearest frames in time, cropped in the middle to the size."""
+        import av
+        cfg, still = self.cfg, path.suffix.lower() in IMAGES
+        count = 1 if still else cfg.frames
+        try:
+            with av.open(str(path)) as container:
+                stream = container.streams.video[0]
+                stream.thread_type = "AUTO"
+                seconds = 0 if still else float((stream.duration or 0) * stream.time_base)
+                wanted = np.arange(count) / cfg.fps
+                room = seconds - wanted[-1] - 1 / cfg.fps
+                if not still and room < 0:
+                    raise Abort(f"{path} lasts {seconds:.2f} s, a clip of {count} frames at {cfg.fps:g} per second "
+                                f"{count / cfg.fps:.2f} s: remove it, or lower --frames or raise --fps")
+                wanted = wanted + room * window / (self.WINDOWS - 1)
+                frames, late = [], (stream.start_time or 0) * (stream.time_base or 0)
+                container.seek(0 if still else int(wanted[0] / stream.time_base), stream=stream)
+                for frame in container.decode(stream):
+                    while len(frames) < count and (still or frame.time - float(late) >= wanted[len(frames)] - .5 / cfg.fps):
+                        frames.append(frame.to_ndarray(format="rgb24"))
+                    if len(frames) == count:
+                        break
+        except (av.error.FFmpegError, IndexError) as error:
+            raise Abort(f"{path} cannot be decoded ({error}): remove it or encode it again") from None
+        if len(frames) < count:
+            raise Abort(f"{path} ends after {len(frames)} of {count} frames: remove it or encode it again")
+        video = rearrange(torch.from_numpy(np.stack(frames)), "f h w c -> f c h w").float() / 127.5 - 1
+        scale = max(cfg.height / video.shape[2], cfg.width / video.shape[3])
+        size = [max(cfg.height, round(video.shape[2] * scale)), max(cfg.width, round(video.shape[3] * scale))]
+        video = F.interpolate(video, size, mode="bilinear", antialias=True)
+        top, left = (size[0] - cfg.height) // 2, (size[1] - cfg.width) // 2
+        return rearrange(video[..., top:top + cfg.height, left:left + cfg.width], "f c h w -> c f h w").contiguous()
+
+
+def open_clips(cfg, split="train"):
+    """The clips of cfg.data: indexable, clip i is (video (3, F, H, W), caption)."""
+    return SyntheticClips(cfg, split) if cfg.data == "synthetic" else VideoFolder(cfg)
+
+
+# ------------------------------------------------------------------------------------------------ the VAE (Sec. 4.1)
+# LTX-Video's VAE, version 0.9.0 [9]: 3D convolutions causal in the encoder, so that frame 1 + 8k looks at no later
+# one and an image is a clip of one frame. light=False is LTX's, to the last weight; light=True is the toy's.
+RATIOS = {"4x16x16": (4, 16), "4x32x32": (4, 32), "8x32x32": (8, 32), "8x64x64": (8, 64)}  # Table 3: (time, space)
+
+
+@dataclass
+class VAEConfig(DataConfig):
+    ratio: str = flag("8x32x32", f"compression in time and space, of Table 3: {', '.join(RATIOS)}")
+    latent_channels: int = flag(128, "channels of the latents, the same for every ratio")
+    patch: int = flag(8, "pixels of a patch, whose channels the encoder starts from; 0: every stage halves t, h and w")
+    widths: tuple = flag((64, 64, 128, 256), "channels from the first stage to the latents'")
+    encoder_blocks: tuple = flag((0, 0, 1, 1), "residual blocks per stage of the encoder")
+    decoder_blocks: tuple = flag((0, 1, 1, 2), "and of the decoder")
+    light: bool = flag(True, "Ours: (1,3,3) + (3,1,1) kernels, and shortcuts round the samplers as in LTX 0.9.5")
+
+
+def layout(cfg):
+    """Patch size, strides of the stages, and (widths, encoder blocks, decoder blocks) per stage, for cfg.ratio."""
+    if cfg.ratio not in RATIOS:
+        raise Abort(f"--ratio {cfg.ratio}: choose from {', '.join(RATIOS)}")
+    time, space = RATIOS[cfg.ratio]
+    patch = cfg.patch or space // time
+    halve_t, halve_s = int(math.log2(time)), int(math.log2(space // patch))
+    stages = max(halve_t, halve_s)
+    strides = [tuple(2 if i >= stages - n else 1 for n in (halve_t, halve_s, halve_s)) for i in range(stages)]
+    return patch, strides, [sizes[:stages] + sizes[-1:] for sizes in (cfg.widths, cfg.encoder_blocks, cfg.decoder_blocks)]
+
+
+def pixel_norm(x):
+    return x * (x.square().mean(1, keepdim=True) + 1e-8).rsqrt()
+
+
+class CausalConv3d(nn.Conv3d):
+    """Repeats the first frame before the clip; with causal=False, as in LTX's decoder, both ends alike."""
+
+    def __init__(self, c_in, c_out, kernel=3, stride=1, causal=True):
+        kernel = (kernel,) * 3 if isinstance(kernel, int) else kernel
+        super().__init__(c_in, c_out, kernel, stride, padding=(0, kernel[1] // 2, kernel[2] // 2))
+        self.causal = causal
+
+    def forward(self, x):
+        extra = self.kernel_size[0] - 1
+        before, after = (extra, 0) if self.causal else (extra // 2, extra // 2)
+        return super().forward(torch.cat([x[:, :, :1]] * before + [x] + [x[:, :, -1:]] * after, 2) if extra else x)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, c_in, c_out, light, causal):
+        super().__init__()
+        first, second = ((1, 3, 3), (3, 1, 1)) if light else (3, 3)
+        self.conv1 = CausalConv3d(c_in, c_out, first, causal=causal)
+        self.conv2 = CausalConv3d(c_out, c_out, second, causal=causal)
+        if c_in != c_out:
+            self.norm = nn.LayerNorm(c_in, eps=1e-6)
+            self.shortcut = CausalConv3d(c_in, c_out, 1)
+
+    def forward(self, x):                                                                        # (B, C, F, H, W)
+        h = self.conv1(F.silu(pixel_norm(x)))
+        h = self.conv2(F.silu(pixel_norm(h)))
+        return h + (self.shortcut(self.norm(x.movedim(1, -1)).movedim(-1, 1)) if hasattr(self, "shortcut") else x)
+
+
+class Down(nn.Module):
+    """Halve some of t, h and w: a strided convolution, and light: a shortcut that averages groups of folded channels."""
+
+    def __init__(self, c_in, c_out, stride, light):
+        super().__init__()
+        self.stride, self.light = stride, light
+        kernel = tuple(2 * s - 1 for s in stride) if light else 3
+        self.conv = CausalConv3d(c_in, c_out if light else c_in, kernel, stride)
+        self.block = ResBlock(c_in, c_out, light, True) if not light and c_in != c_out else nn.Identity()
+
+    def forward(self, x):
+        h = self.block(self.conv(x))
+        if not self.light:
+            return h
+        t, p, q = self.stride
+        x = torch.cat([x[:, :, :t - 1], x], 2)
+        folded = rearrange(x, "b c (f t) (h p) (w q) -> b (c t p q) f h w", t=t, p=p, q=q)
+        return h + reduce(folded, "b (c g) f h w -> b c f h w", "mean", c=h.shape[1])
+
+
+class Up(nn.Module):
+    """Double some of t, h and w: a convolution, depth to space, less the first frame's extra copies."""
+
+    def __init__(self, c_in, c_out, stride, light):
+        super().__init__()
+        self.stride, self.light = stride, light
+        self.block = ResBlock(c_in, c_out, light, False) if not light and c_in != c_out else nn.Identity()
+        self.conv = CausalConv3d(c_in if light else c_out, c_out * math.prod(stride), 1 if light else 3, causal=False)
+
+    def forward(self, x):
+        h = self.conv(self.block(x))
+        if self.light:
+            h = h + repeat(x, "b c f h w -> b (c g) f h w", g=h.shape[1] // x.shape[1])
+        t, p, q = self.stride
+        return rearrange(h, "b (c t p q) f h w -> b c (f t) (h p) (w q)", t=t, p=p, q=q)[:, :, t - 1:]
+
+
+class VAE(nn.Module):
+    """Video autoencoder of Sec. 4.1. encode and decode speak normalised latents, (z - mean) / std per channel."""
+    inner = {"encoder", "decoder"}
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.patch, strides, (widths, down_blocks, up_blocks) = layout(cfg)
+        self.compression = RATIOS[cfg.ratio]
+        kernel, c, light = 1 if cfg.light else 3, cfg.latent_channels, cfg.light
+
+        def blocks(width, count, causal):
+            return [ResBlock(width, width, light, causal) for _ in range(count)]
+
+        self.encoder_in = CausalConv3d(3 * self.patch ** 2, widths[0], kernel)
+        encoder, decoder = [], blocks(widths[-1], up_blocks[-1], False)
+        for i, stride in enumerate(strides):
+            encoder += blocks(widths[i], down_blocks[i], True) + [Down(widths[i], widths[i + 1], stride, light)]
+        for i, stride in reversed(list(enumerate(strides))):
+            decoder += [Up(widths[i + 1], widths[i], stride, light)] + blocks(widths[i], up_blocks[i], False)
+        self.encoder = nn.Sequential(*encoder, *blocks(widths[-1], down_blocks[-1], True))
+        self.encoder_out = CausalConv3d(widths[-1], c + 1, kernel)  # the latents' mean, and one shared log-variance
+        self.decoder_in = CausalConv3d(c, widths[-1], kernel, causal=False)
+        self.decoder = nn.Sequential(*decoder)
+        self.decoder_out = CausalConv3d(widths[0], 3 * self.patch ** 2, kernel, causal=False)
+        self.register_buffer("mean", torch.zeros(1, c, 1, 1, 1))
+        self.register_buffer("std", torch.ones(1, c, 1, 1, 1))
+
+    def latent_shape(self, frames, height, width):
+        """(C, f, h, w) of a clip's latents; raises Abort if the clip's size does not fit the ratio."""
+        time, space = self.compression
+        if frames % time != 1:
+            raise Abort(f"{frames} frames do not fit --ratio {self.cfg.ratio}: use 1 + a multiple of {time}, "
+                        f"such as {frames // time * time + 1}")
+        if height % space or width % space or not height * width:
+            raise Abort(f"{height}x{width} pixels do not fit --ratio {self.cfg.ratio}: use multiples of {space}")
+        return self.cfg.latent_channels, frames // time + 1, height // space, width // space
+
+    def posterior(self, video):
+        """video (B, 3, F, H, W) in [-1, 1] -> mean (B, C, f, h, w) and log-variance (B, 1, f, h, w), not normalised."""
+        self.latent_shape(*video.shape[2:])
+        x = rearrange(video, "b c f (h p) (w q) -> b (c q p) f h w", p=self.patch, q=self.patch)
+        x = self.encoder(self.encoder_in(x.contiguous(memory_format=torch.channels_last_3d)))
+        x = self.encoder_out(F.silu(pixel_norm(x)))
+        return x[:, :-1], x[:, -1:].clamp(-30, 20)
+
+    def reconstruct(self, z):
+        """Latents as posterior gives them -> video (B, 3, F, H, W)."""
+        x = self.decoder(self.decoder_in(z.contiguous(memory_format=torch.channels_last_3d)))
+        x = self.decoder_out(F.silu(pixel_norm(x)))
+        return rearrange(x, "b (c q p) f h w -> b c f (h p) (w q)", p=self.patch, q=self.patch)
+
+    def encode(self, video):
+        """video (B, 3, F, H, W) in [-1, 1], F = 1 + 8k -> latents (B, C, f, h, w). Raises Abort if it does not fit."""
+        return (self.posterior(video)[0] - self.mean) / self.std
+
+    @torch.no_grad()
+    def measure_latents(self, clips, count):
+        """Set mean and std from the posteriors' means of `count` clips, drawn from all of them evenly."""
+        indices = next(iter(clips.kinds.values()))
+        indices = indices[::max(1, len(indices) // count)][:count]
+        z = torch.stack([self.posterior(clips[i][0][None].to(self.mean.device))[0][0] for i in indices], 1)
+        self.std, self.mean = (y.view(1, -1, 1, 1, 1) for y in torch.std_mean(z.flatten(1), 1))
+
+    def decode(self, latents):
+        """latents (B, C, f, h, w) -> video (B, 3, F, H, W), about [-1, 1]."""
+        return self.reconstruct(latents * self.std + self.mean)
+
+
+# ------------------------------------------------------------------------------------------------ training
+@dataclass
+class Config(VAEConfig):
+    steps: int = flag(1600, "training steps")
+    batch_size: int = flag(2, "clips per process and step")
+    lr: float = flag(2e-3, "AdamW's learning rate")
+    muon_lr: float = flag(.02, "Muon's, for inner matrices and kernels; 0: AdamW trains them too")
+    kl_weight: float = flag(1e-4, "weight of the KL divergence from N(0, I)")
+    consistency_weight: float = flag(0., "weight of the latent consistency loss of H3AE [48]")
+    workers: int = flag(0, "processes that load clips; 0: the training process itself")
+    save_every: int = flag(200, "steps between checkpoints")
+    log_every: int = flag(100, "steps between printed lines")
+    resume: bool = flag(False, "continue an interrupted run from its last checkpoint")
+    dry_run: bool = flag(False, "print parameters, FLOPs and memory, and stop")
+
+
+PRESETS = {"toy": {}, "paper": dict(  # LTX's own sizes: 419,193,649 parameters
+    frames=33, height=512, width=512, fps=24., patch=0, widths=(128, 256, 512, 512), encoder_blocks=(4, 3, 3, 7),
+    decoder_blocks=(4, 3, 3, 7), light=False, steps=200_000, batch_size=1, lr=5e-5, muon_lr=0.,
+    consistency_weight=.1, workers=8, save_every=1000)}
+
+
+class Trainer(nn.Module):
+    """The VAE with its loss: reconstruction + KL + latent consistency.
+
+    Ours: the paper's losses are in a supplement that is not public. Its authors' VAE paper [48] finds that GAN, LPIPS
+    and wavelet losses bring nothing at scale, and that a reconstruction, encoded again, should land on its latents.
+    """
+
+    def __init__(self, vae, cfg):
+        super().__init__()
+        self.vae, self.cfg = vae, cfg
+
+    def forward(self, video):
+        """video (B, 3, F, H, W) -> loss, and the mean squared error."""
+        mean, logvar = self.vae.posterior(video)
+        output = self.vae.reconstruct(mean + (logvar / 2).exp() * torch.randn_like(mean))
+        # Ours: pixels far from the clip's median colour count five times; they move, and edges are among them.
+        far = (video - video.flatten(2).median(2).values[..., None, None, None]).abs().amax(1, keepdim=True) > .2
+        error = output - video
+        loss = ((1 + 4 * far) * (error.abs() + 5 * error.square())).mean()
+        loss = loss + self.cfg.kl_weight * .5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        if self.cfg.consistency_weight:
+            again = self.vae.posterior(output)[0]
+            loss = loss + self.cfg.consistency_weight * (again - mean.detach()).square().mean()
+        return loss, error.detach().square().mean()
+
+
+class Batches(torch.utils.data.Dataset):
+    """Item `step` is a training batch, the same in every run: it depends on (seed, step, rank) alone."""
+
+    def __init__(self, clips, cfg, rank):
+        self.clips, self.cfg, self.rank = clips, cfg, rank
+
+    def __getitem__(self, step):
+        rng = np.random.default_rng((self.cfg.seed, step, self.rank))
+        kinds = list(self.clips.kinds.values())
+        sizes = np.array([len(indices) for indices in kinds], float)
+        indices = kinds[rng.choice(len(kinds), p=sizes / sizes.sum())]  # videos and images do not share a batch
+        return torch.stack([self.clips[indices[i]][0] for i in rng.integers(len(indices), size=self.cfg.batch_size)])
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio in dB between clips (B, 3, F, H, W) in [-1, 1], one figure a clip (B,)."""
+    return 10 * (4 / (a.clamp(-1, 1) - b).square().mean((1, 2, 3, 4))).log10()
+
+
+@torch.no_grad()
+def evaluate(vae, cfg, device):
+    """Figures of reconstructed clips, unseen ones if synthetic, and a film of inputs above reconstructions."""
+    clips = open_clips(cfg, "full")
+    indices = next(iter(clips.kinds.values()))[:48]
+    video = torch.stack([clips[i][0] for i in indices])
+    output = torch.cat([vae.decode(vae.encode(v.to(device))).cpu() for v in video.split(4)]).clamp(-1, 1)
+    c, f, h, w = vae.latent_shape(*video.shape[2:])
+    scale = (c / 3) ** .5  # the baseline: averages over boxes, as many numbers as the latents have
+    boxes = F.interpolate(F.adaptive_avg_pool3d(video, (f, round(h * scale), round(w * scale))), video.shape[2:],
+                          mode="trilinear")
+    figures = dict(psnr=psnr(output, video).mean().item(), psnr_boxes=psnr(boxes, video).mean().item())
+    if cfg.data == "synthetic":
+        shown = torch.stack([clips.attributes(i)[0] for i in indices])
+        for name, clip in dict(readable=output, readable_boxes=boxes, readable_true=video).items():
+            figures[name] = score(clip, shown)["semantic"]
+    return figures, rearrange([video[:6], output[:6]], "r b c f h w -> c f (r h) (b w)")
+
+
+def main(cfg):
+    """Train the VAE; returns the figures of its summary line."""
+    began, (device, rank, world) = time.time(), setup(cfg.seed)
+    path = Path(cfg.out) / "vae.pt"
+    with torch.device("meta" if cfg.dry_run else device):
+        trainer = Trainer(VAE(cfg), cfg)
+    vae = trainer.vae.to(memory_format=torch.channels_last_3d)
+    shape = vae.latent_shape(cfg.frames, cfg.height, cfg.width)
+    print0(f"vae: {cfg.ratio}, latents {shape} of {cfg.data} clips {cfg.frames, cfg.height, cfg.width}, "
+           f"{world} x {device.type}")
+    if cfg.dry_run:
+        return dry_run("VAE", vae, lambda: trainer(torch.empty(cfg.batch_size, 3, cfg.frames, cfg.height, cfg.width, device="meta"))[0],
+                       lambda: vae.decode(torch.empty(1, *shape, device="meta")))
+    optimizers = make_optimizers(vae, cfg.lr, cfg.muon_lr)
+    start = resume(path, cfg, {"model": vae}, optimizers) if cfg.resume else 0
+    loader = torch.utils.data.DataLoader(Batches(open_clips(cfg), cfg, rank), None, sampler=range(start, cfg.steps),
+                                         num_workers=cfg.workers)
+    model = parallel(trainer, world)
+
+    def checkpoint(step):
+        save(path, stage="vae", step=step, config=asdict(cfg), model=vae.state_dict(), rng=torch.get_rng_state(),
+             optimizer=[optimizer.state_dict() for optimizer in optimizers])
+
+    for step, video in zip(progress(start, cfg.steps), loader):
+        loss, error = model(video.to(device))
+        update(loss, optimizers, step, cfg, path)
+        if (step + 1) % cfg.log_every == 0:
+            print0(f"step {step + 1}/{cfg.steps}  loss {loss:.4f}  psnr {10 * (4 / error).log10():.2f} dB  "
+                   f"{(time.time() - began) / 60:.1f} min")
+        if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps and rank == 0:
+            checkpoint(step + 1)
+    vae.measure_latents(open_clips(cfg), 256)
+    figures, film = evaluate(vae, cfg, device)
+    if rank == 0:
+        write_png(path.with_suffix(".png"), film, cfg.fps)
+        checkpoint(cfg.steps)
+    return summary("VAE", figures, began, f"look at {path.with_suffix('.png')}, then python dit.py")
+
+
+if __name__ == "__main__":
+    launch(main, Config, PRESETS)
