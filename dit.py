@@ -6,6 +6,7 @@
 
 out/vae.pt, clips -> out/latents/ (each clip encoded once), out/dit.pt, out/dit.png (samples)
 """
+import copy
 import hashlib
 import json
 import math
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from vae import (VAE, Abort, DataConfig, VAEConfig, flag, launch, learning_rate, load, make_optimizers, open_clips,
-                 print0, progress, resume, save, score, setup, write_png)
+                 barrier, caption, dry_run, parallel, print0, progress, resume, save, score, setup, summary, update, words, write_png)
 
 # ------------------------------------------------------------------------------------------------ the model
 # LTX-Video's transformer [9], module for module. It is exported to Core ML, so shapes inside are static ints.
@@ -242,36 +243,149 @@ def load_vae(out, device="cpu"):
 
 
 def encode_clips(cfg, vae, encode_text, rank, world, device):
-    """Encode every clip once into memory-mapped arrays under out/latents; finished ones are kept, of any earlier run.
+    """Encode every clip once into memory-mapped arrays under out/latents; what an earlier run encoded is kept.
 
-    Returns {kind of clip: (latents (n, C, f, h, w), text_emb (n, L, E), text_mask (n, L))} and the captions' words.
+    Returns for each kind of clip the arrays latents (n, C, f, h, w), text_emb (n, L, E) and text_mask (n, L).
     """
-    folder, clips = Path(cfg.out) / "latents", open_clips(vae.cfg)
-    about = dict(vae=fingerprint(vae), data=str(cfg.data), clips=cfg.num_clips, text=[cfg.text_dim, cfg.text_length])
-    note = folder / "about.json"
-    if rank == 0 and not (note.exists() and json.loads(note.read_text())["about"] == about):
+    folder, clips, note = Path(cfg.out) / "latents", open_clips(cfg), Path(cfg.out) / "latents" / "about.json"
+    about = dict(vae=fingerprint(vae), data=cfg.data, frames=cfg.frames, size=cfg.size, fps=cfg.fps, seed=cfg.seed,
+                  clips=cfg.num_clips, text=[cfg.text_dim, cfg.text_length])
+    sizes = {kind: min(len(indices), cfg.num_clips) for kind, indices in clips.kinds.items()}
+    if rank == 0 and not (note.exists() and json.loads(note.read_text()) == about):
         folder.mkdir(parents=True, exist_ok=True)
         note.unlink(missing_ok=True)
-        for kind, indices in clips.kinds.items():
-            n, length = len(indices[:cfg.num_clips or None]), cfg.text_length
-            latent = vae.latent_shape(1 if kind == "images" else vae.cfg.frames, vae.cfg.height, vae.cfg.width)
-            for name, shape in dict(latents=(n, *latent), text=(n, length, cfg.text_dim), mask=(n, length), done=(n,)).items():
-                np.lib.format.open_memmap(folder / f"{kind}.{name}.npy", "w+", np.float16, shape).flush()
-        note.write_text(json.dumps(dict(about=about)))
-    if world > 1:
-        dist.barrier()
-    cache, words = {}, set()
-    for kind, indices in clips.kinds.items():
-        latents, text, mask, done = (np.load(folder / f"{kind}.{name}.npy", mmap_mode="r+")
-                                     for name in ("latents", "text", "mask", "done"))
-        todo = [i for i in range(rank, len(done), world) if not done[i]]
-        for n in progress(0, len(todo)):
-            i = todo[n]
-            video, caption = clips[indices[i]]
-            latents[i] = vae.encode(video[None].to(device))[0].cpu().numpy()
-            text[i], mask[i] = (y[0].numpy() for y in encode_text([caption]))
+        for kind, n in sizes.items():
+            latent = vae.latent_shape(1 if kind == "images" else cfg.frames, *cfg.size)
+            shapes = dict(latents=latent, text_emb=(cfg.text_length, cfg.text_dim), text_mask=(cfg.text_length,), done=())
+            for name, shape in shapes.items():
+                np.lib.format.open_memmap(folder / f"{kind}.{name}.npy", "w+", np.float16, (n, *shape))
+        note.write_text(json.dumps(about))
+    barrier(world)
+    cache = {}
+    for kind, n in sizes.items():
+        *cache[kind], done = (np.load(folder / f"{kind}.{name}.npy", mmap_mode="r+")
+                              for name in ("latents", "text_emb", "text_mask", "done"))
+        todo = np.flatnonzero(np.asarray(done) == 0)[rank::world].tolist()
+        for i, j in zip(todo, progress(0, len(todo))):
+            video, caption = clips[clips.kinds[kind][i]]
+            emb, mask = encode_text([caption])
+            for array, value in zip(cache[kind], (vae.encode(video[None].to(device)), emb, mask)):
+                array[i] = value[0].cpu().numpy()
             done[i] = 1
-        cache[kind] = latents, text, mask
-    if world > 1:
-        dist.barrier()
+        print0(f"{folder}: encoded {len(todo)} of {n} {kind}, the others were there")
+    barrier(world)
     return cache
+
+
+# ------------------------------------------------------------------------------------------------ training
+@dataclass
+class Config(DiTConfig, DataConfig):
+    num_clips: int = flag(4000, "clips that are encoded and trained on, at most")
+    text_length: int = flag(16, "words of a caption, the rest is cut off")
+    steps: int = flag(1400, "training steps")
+    batch_size: int = flag(24, "clips per process and step")
+    lr: float = flag(3e-3, "AdamW's learning rate")
+    muon_lr: float = flag(.02, "Muon's, for the blocks' matrices; 0: AdamW trains them too")
+    timestep_mean: float = flag(.5, "Ours: t is the sigmoid of a normal variable [6] of this mean")
+    timestep_std: float = flag(1., "and this standard deviation")
+    caption_dropout: float = flag(.1, "share of clips that train without caption, for guidance")
+    ema: float = flag(.98, "rate of the weights' moving average, which is what later stages use")
+    guidance_scale: float = flag(3., "classifier-free guidance of the 40-step recipe")
+    shift: float = flag(2., "above 1, more of the sampling steps go near noise")
+    score_clips: int = flag(48, "captions of each test set that the summary scores; 0 for none")
+    save_every: int = flag(200, "steps between checkpoints, and between contact sheets out/dit.png")
+    log_every: int = flag(100, "steps between printed lines")
+    resume: bool = flag(False, "continue an interrupted run from its last checkpoint")
+    dry_run: bool = flag(False, "print parameters, FLOPs and memory, and stop")
+
+
+PRESETS = {"toy": {}, "paper": dict(  # Sec. 5: the server model, 2.0B
+    frames=121, size=(576, 1024), fps=24., depth=28, width=2048, num_heads=32, ffn_dim=8192, text_dim=1024,
+    num_clips=10 ** 9, text_length=128, steps=200_000, batch_size=8, lr=5e-5, muon_lr=0., timestep_mean=0., ema=.9999,
+    shift=8., save_every=1000)}
+
+
+def load_dit(path, stage=None, device="cpu"):
+    """The averaged model of a checkpoint of dit.py or a later stage, and the checkpoint's configuration."""
+    checkpoint = load(path, stage)
+    cfg = checkpoint["config"]
+    model = DiT(DiTConfig(**{f: cfg[f] for f in DiTConfig.__dataclass_fields__}), cfg["fps"])
+    model.load_state_dict(checkpoint["ema"])
+    return model.eval().requires_grad_(False).to(device), cfg
+
+
+@torch.no_grad()
+def generate(model, vae, text, shape, times, guidance_scale, seed=0):
+    """text = (text_emb, text_mask) -> video (B, 3, F, H, W) in [-1, 1] on the CPU. Clip i's noise is that of seed + i."""
+    device, video = model.proj_in.weight.device, []
+    for i in range(0, len(text[0]), 32):
+        emb, mask = (y[i:i + 32].to(device) for y in text)
+        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed + i + j))
+                             for j in range(len(emb))]).to(device)
+        latents = sample(model, noise, emb, mask, times, guidance_scale)
+        video += [vae.decode(z[None])[0].clamp(-1, 1).cpu() for z in latents]
+    return torch.stack(video)
+
+
+def test_captions(cfg, split, count):
+    """Captions that no clip was trained on and the attributes (n, 4) that they say; of a folder, its own and None."""
+    clips = open_clips(cfg, split)
+    if cfg.data != "synthetic":
+        return [clips.caption(i % len(clips.items)) for i in range(count)], None
+    said = torch.stack([clips.attributes(i)[1] for i in range(count)])
+    return [caption(a) for a in said.tolist()], said
+
+
+def main(cfg):
+    """Train the DiT; returns the figures of its summary line."""
+    began, (device, rank, world) = time.time(), setup(cfg.seed)
+    path, encode_text = Path(cfg.out) / "dit.pt", WordEncoder(cfg.text_dim, cfg.text_length)
+    with torch.device("meta" if cfg.dry_run else device):
+        model = DiT(cfg, cfg.fps)
+    if cfg.dry_run:
+        shape = VAE(VAEConfig()).latent_shape(cfg.frames, *cfg.size)
+        clip = torch.empty(cfg.batch_size, *shape, device="meta")
+        t, text = clip[:, 0, 0, 0, 0], clip.new_empty(cfg.batch_size, cfg.text_length, cfg.text_dim)
+        return dry_run("DIT", model, lambda: flow_matching_loss(model, clip, clip, t, text, text[..., 0]),
+                       lambda: model(clip[:1], t[:1], text[:1], text[:1, :, 0]))
+    vae = load_vae(cfg.out, device)
+    shape = vae.latent_shape(cfg.frames, *cfg.size)
+    print0(f"dit: depth {cfg.depth}, width {cfg.width}, {cfg.num_heads} heads of {cfg.head_dim}, FFN {cfg.ffn_dim}: "
+           f"{sum(p.numel() for p in model.parameters()):,} parameters; latents {shape}; {world} x {device.type}")
+    cache = list(encode_clips(cfg, vae, encode_text, rank, world, device).values())
+    sizes = np.array([len(latents) for latents, _, _ in cache])
+    captions, said = test_captions(cfg, "full", 8)
+    ema, optimizers = copy.deepcopy(model).requires_grad_(False), make_optimizers(model, cfg.lr, cfg.muon_lr)
+    start = resume(path, cfg, {"model": model, "ema": ema}, optimizers) if cfg.resume else 0
+
+    def checkpoint(step):
+        save(path, stage="dit", step=step, config=asdict(cfg), model=model.state_dict(), ema=ema.state_dict(),
+             optimizer=[optimizer.state_dict() for optimizer in optimizers], rng=torch.get_rng_state(),
+             vae=fingerprint(vae), words=words(cfg))
+        video = generate(ema, vae, encode_text(captions), shape, euler_times(40, cfg.shift), cfg.guidance_scale)
+        write_png(path.with_suffix(".png"), rearrange(video, "(r k) c f h w -> c f (r h) (k w)", r=2), cfg.fps)
+
+    trained, losses = parallel(model, world), []
+    for step in progress(start, cfg.steps):
+        rng = np.random.default_rng((cfg.seed, step, rank))
+        arrays = cache[rng.choice(len(cache), p=sizes / sizes.sum())]  # videos and images do not share a batch
+        rows = rng.integers(len(arrays[0]), size=cfg.batch_size)
+        x0, emb, mask = (torch.from_numpy(array[rows]).float().to(device) for array in arrays)
+        told = (torch.rand(cfg.batch_size, 1, device=device) >= cfg.caption_dropout).float()
+        t = torch.sigmoid(cfg.timestep_mean + cfg.timestep_std * torch.randn(cfg.batch_size, device=device))
+        loss = flow_matching_loss(trained, x0, torch.randn_like(x0), t, emb * told[..., None], mask * told)
+        update(loss, optimizers, step, cfg, path)
+        rate = min(cfg.ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - rate)
+        losses = losses[1 - cfg.log_every:] + [loss.item()]
+        if (step + 1) % cfg.log_every == 0:
+            print0(f"step {step + 1}/{cfg.steps}  loss {np.mean(losses):.4f}  {(time.time() - began) / 60:.1f} min")
+        if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
+            checkpoint(step + 1)
+    figures = dict(loss=float(np.mean(losses)), loss_of_zero=2.)
+    print0(f"{path.with_suffix('.png')} shows:", *(f"\n  {c}" for c in captions))
+    return summary("DIT", figures, began, "python sample.py --score 192, then python prune.py")
+
+
+if __name__ == "__main__":
+    launch(main, Config, PRESETS)

@@ -162,6 +162,11 @@ def update(loss, optimizers, step, cfg, path):
         optimizer.zero_grad()
 
 
+def barrier(world):
+    if world > 1:
+        dist.barrier()
+
+
 def parallel(module, world):
     return nn.parallel.DistributedDataParallel(module) if world > 1 else module
 
@@ -270,6 +275,8 @@ MOTIONS = ("moves left", "moves right", "moves up", "moves down", "moves diagona
            "moves diagonally down-left", "bounces up-and-down", "orbits clockwise")
 BACKGROUNDS = {"black": ((.03, .03, .03),) * 2, "gray": ((.5, .5, .5),) * 2, "teal": ((0, .45, .45),) * 2,
                "brown": ((.4, .22, .08),) * 2, "sunset": ((.95, .5, .15), (.25, .08, .4))}  # (top, bottom) RGB
+PALETTE = torch.tensor(list(COLOURS.values())) * 2 - 1                                           # (6, 3)
+GROUNDS = torch.tensor(list(BACKGROUNDS.values())) * 2 - 1                                       # (5, 2, 3)
 ATTRIBUTES = {"colour": tuple(COLOURS), "shape": SHAPES, "motion": MOTIONS, "background": tuple(BACKGROUNDS)}
 HEADINGS = torch.tensor([[-1, 0], [1, 0], [0, -1], [0, 1], [.5 ** .5, -.5 ** .5], [-.5 ** .5, .5 ** .5]])  # (x, y down)
 COMBINATIONS = torch.tensor(list(itertools.product(*(range(len(v)) for v in ATTRIBUTES.values()))))  # (960, 4)
@@ -295,9 +302,8 @@ def signed_distance(shape, x, y, r):
     return torch.minimum(bar(x, y), bar(y, x))
 
 
-def track(attributes, rng, frames):
-    """Radius and path of one object: r and (frames, 2) centres (x, y down), in units of the frame, always inside it."""
-    _, shape, motion, _ = attributes
+def track(shape, motion, rng, frames):
+    """Radius and centres (frames, 2), x and y down, of one object, in units of the frame, which it never leaves."""
     r, u = rng.uniform(.16, .24), torch.linspace(0, 1, frames)
     left, top, bottom = r * torch.tensor([[1, .9, 1.074, 1.05], [1, .9, 1.24, 1.05], [1, .9, .62, 1.05]])[:, shape]
     if motion == 7:  # one clockwise turn, as seen
@@ -313,27 +319,25 @@ def track(attributes, rng, frames):
     return r, low + (high - low) * torch.tensor(rng.uniform(size=2), dtype=torch.float32) + path
 
 
-def render(attributes, seed=0, index=0, frames=17, size=128):
+def render(attributes, seed=0, index=0, frames=17, size=(128, 128)):
     """Anti-aliased clips of one moving object on a plain background.
 
     attributes: (n, 4) long, positions in ATTRIBUTES. Clip i depends on (seed, index + i) and its attributes alone.
-    Returns video (n, 3, frames, size, size) in [-1, 1].
+    Returns video (n, 3, frames, height, width) in [-1, 1].
     """
-    p = (torch.arange(size) + .5) / size
-    video = torch.empty(len(attributes), 3, frames, size, size)
-    for i, a in enumerate(attributes.tolist()):
-        r, path = track(a, np.random.default_rng((seed, index + i)), frames)
-        x, y = p - path[:, 0, None, None], p[:, None] - path[:, 1, None, None]                       # (F, 1, W), (F, H, 1)
-        inside = (.5 - size * signed_distance(a[1], x, y, r)).clamp(0, 1)                            # (F, H, W)
-        top, bottom = torch.tensor(list(BACKGROUNDS.values())[a[3]])[..., None, None, None]          # (3, 1, 1, 1)
-        ground = torch.lerp(top, bottom, p[:, None])                                                 # (3, 1, H, 1)
-        video[i] = torch.lerp(ground.expand(3, frames, size, size), torch.tensor(list(COLOURS.values())[a[0]])[:, None, None, None].expand(3, frames, size, size), inside)
-    return video * 2 - 1
+    (height, width), video = size, torch.empty(len(attributes), 3, frames, *size)
+    p, q = ((torch.arange(n) + .5) / n for n in size)
+    for i, (colour, shape, motion, background) in enumerate(attributes.tolist()):
+        r, path = track(shape, motion, np.random.default_rng((seed, index + i)), frames)
+        x, y = q - path[:, 0, None, None], p[:, None] - path[:, 1, None, None]               # (F, 1, W), (F, H, 1)
+        inside = (.5 - height * signed_distance(shape, x, y, r)).clamp(0, 1)                     # (F, H, W)
+        top, bottom = GROUNDS[background, :, :, None, None, None]
+        ground = torch.lerp(top, bottom, p[:, None])                                             # (3, 1, H, 1)
+        video[i] = torch.lerp(ground, PALETTE[colour][:, None, None, None], inside)
+    return video
 
 
 # ------------------------------------------------------------------------------------------------ the toy's reader
-PALETTE = torch.tensor(list(COLOURS.values())) * 2 - 1                                                      # (6, 3)
-GROUNDS = torch.tensor(list(BACKGROUNDS.values())) * 2 - 1                                                  # (5, 2, 3)
 AREAS = torch.tensor([np.pi, 1.8 ** 2, 27 ** .5 * .62 ** 2, .72 * (4.2 - .72)]).float()      # of SHAPES at radius 1
 PERIMETERS = torch.tensor([2 * np.pi, 4 * 1.8, 108 ** .5 * .62, 4 * 2.1]).float()
 MIN_IOU = torch.tensor([.945, .945, .92, .87])  # strict where blobs come close, lax where blur takes the corners away
@@ -442,8 +446,7 @@ VIDEOS, IMAGES = (".mp4", ".mov", ".mkv", ".webm", ".avi"), (".png", ".jpg", ".j
 class DataConfig(Stage):
     """What a clip is; it travels with the checkpoints, so that later stages see the same clips."""
     frames: int = flag(17, "frames of a clip, 1 + a multiple of the VAE's temporal ratio")
-    height: int = flag(128, "pixels")
-    width: int = flag(128, "pixels")
+    size: tuple = flag((128, 128), "height and width in pixels")
     fps: float = flag(8., "frames per second that videos are resampled to")
 
 
@@ -468,7 +471,7 @@ class SyntheticClips:
 
     def __getitem__(self, i):
         shown, said = self.attributes(i)
-        return render(shown[None], self.seed, i, self.cfg.frames, self.cfg.height)[0], caption(said.tolist())
+        return render(shown[None], self.seed, i, self.cfg.frames, self.cfg.size)[0], caption(said.tolist())
 
 
 class VideoFolder:
@@ -501,7 +504,10 @@ class VideoFolder:
 
     def __getitem__(self, i):
         window, path = self.items[i]
-        return self.read(path, window), " ".join(path.with_suffix(".txt").read_text().split())
+        return self.read(path, window), self.caption(i)
+
+    def caption(self, i):
+        return " ".join(self.items[i][1].with_suffix(".txt").read_text().lower().split())
 
     def read(self, path, window):
         """Decode one window -> (3, F, H, W) in [-1, 1], nearest frames in time, cropped in the middle to the size."""
@@ -531,11 +537,19 @@ class VideoFolder:
         if len(frames) < count:
             raise Abort(f"{path} ends after {len(frames)} of {count} frames: remove it or encode it again")
         video = rearrange(torch.from_numpy(np.stack(frames)), "f h w c -> f c h w").float() / 127.5 - 1
-        scale = max(cfg.height / video.shape[2], cfg.width / video.shape[3])
-        size = [max(cfg.height, round(video.shape[2] * scale)), max(cfg.width, round(video.shape[3] * scale))]
-        video = F.interpolate(video, size, mode="bilinear", antialias=True)
-        top, left = (size[0] - cfg.height) // 2, (size[1] - cfg.width) // 2
-        return rearrange(video[..., top:top + cfg.height, left:left + cfg.width], "f c h w -> c f h w").contiguous()
+        (height, width), scale = cfg.size, max(cfg.size[0] / video.shape[2], cfg.size[1] / video.shape[3])
+        scaled = [max(side, round(n * scale)) for side, n in zip(cfg.size, video.shape[2:])]
+        top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
+        video = F.interpolate(video, scaled, mode="bilinear", antialias=True)[..., top:top + height, left:left + width]
+        return rearrange(video, "f c h w -> c f h w").contiguous()
+
+
+def words(cfg):
+    """All words of the captions."""
+    if cfg.data == "synthetic":
+        return sorted(set(" ".join([caption(c) for c in COMBINATIONS.tolist()]).split()) | {"thing"})
+    clips = open_clips(cfg)
+    return sorted({word for i in range(len(clips.items)) for word in clips.caption(i).split()})
 
 
 def open_clips(cfg, split="train"):
@@ -729,7 +743,7 @@ class Config(VAEConfig):
 
 
 PRESETS = {"toy": {}, "paper": dict(  # LTX's own sizes: 419,193,649 parameters
-    frames=33, height=512, width=512, fps=24., patch=0, widths=(128, 256, 512, 512), encoder_blocks=(4, 3, 3, 7),
+    frames=33, size=(512, 512), fps=24., patch=0, widths=(128, 256, 512, 512), encoder_blocks=(4, 3, 3, 7),
     decoder_blocks=(4, 3, 3, 7), light=False, steps=200_000, batch_size=1, lr=5e-5, muon_lr=0.,
     consistency_weight=.1, workers=8, save_every=1000)}
 
@@ -805,12 +819,13 @@ def main(cfg):
     with torch.device("meta" if cfg.dry_run else device):
         trainer = Trainer(VAE(cfg), cfg)
     vae = trainer.vae.to(memory_format=torch.channels_last_3d)
-    shape = vae.latent_shape(cfg.frames, cfg.height, cfg.width)
-    print0(f"vae: {cfg.ratio}, latents {shape} of {cfg.data} clips {cfg.frames, cfg.height, cfg.width}, "
+    shape = vae.latent_shape(cfg.frames, *cfg.size)
+    print0(f"vae: {cfg.ratio}, latents {shape} of {cfg.data} clips {cfg.frames, *cfg.size}, "
            f"{world} x {device.type}")
     if cfg.dry_run:
-        return dry_run("VAE", vae, lambda: trainer(torch.empty(cfg.batch_size, 3, cfg.frames, cfg.height, cfg.width, device="meta"))[0],
-                       lambda: vae.decode(torch.empty(1, *shape, device="meta")))
+        video, latents = (torch.empty(n, *s, device="meta") for n, s in
+                          ((cfg.batch_size, (3, cfg.frames, *cfg.size)), (1, shape)))
+        return dry_run("VAE", vae, lambda: trainer(video)[0], lambda: vae.decode(latents))
     optimizers = make_optimizers(vae, cfg.lr, cfg.muon_lr)
     start = resume(path, cfg, {"model": vae}, optimizers) if cfg.resume else 0
     loader = torch.utils.data.DataLoader(Batches(open_clips(cfg), cfg, rank), None, sampler=range(start, cfg.steps),
