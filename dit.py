@@ -13,6 +13,7 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -233,12 +234,13 @@ def fingerprint(vae):
     return digest.hexdigest()[:16]
 
 
-def load_vae(out, device="cpu"):
-    """The VAE of out/vae.pt with its configuration."""
-    checkpoint = load(Path(out) / "vae.pt", "vae")
-    cfg = VAEConfig(**{k: checkpoint["config"][k] for k in VAEConfig.__dataclass_fields__})
-    vae = VAE(cfg)
+def load_vae(folder, device="cpu", name=None):
+    """The VAE of folder/vae.pt; where a name is given, it must have that fingerprint."""
+    checkpoint = load(Path(folder) / "vae.pt", "vae")
+    vae = VAE(VAEConfig(**{f: checkpoint["config"][f] for f in VAEConfig.__dataclass_fields__}))
     vae.load_state_dict(checkpoint["model"])
+    if name not in (None, fingerprint(vae)):
+        raise Abort(f"{folder}/vae.pt is not the VAE that the generator was trained with: run python dit.py again")
     return vae.eval().requires_grad_(False).to(device)
 
 
@@ -290,6 +292,7 @@ class Config(DiTConfig, DataConfig):
     timestep_std: float = flag(1., "and this standard deviation")
     caption_dropout: float = flag(.1, "share of clips that train without caption, for guidance")
     ema: float = flag(.98, "rate of the weights' moving average, which is what later stages use")
+    num_steps: int = flag(40, "denoising steps of a sample")
     guidance_scale: float = flag(3., "classifier-free guidance of the 40-step recipe")
     shift: float = flag(2., "above 1, more of the sampling steps go near noise")
     score_clips: int = flag(48, "captions of each test set that the summary scores; 0 for none")
@@ -306,12 +309,12 @@ PRESETS = {"toy": {}, "paper": dict(  # Sec. 5: the server model, 2.0B
 
 
 def load_dit(path, stage=None, device="cpu"):
-    """The averaged model of a checkpoint of dit.py or a later stage, and the checkpoint's configuration."""
+    """The averaged model of dit.py's checkpoint or a later stage's, and what else the checkpoint says, by name."""
     checkpoint = load(path, stage)
-    cfg = checkpoint["config"]
-    model = DiT(DiTConfig(**{f: cfg[f] for f in DiTConfig.__dataclass_fields__}), cfg["fps"])
+    about = SimpleNamespace(**checkpoint["config"], words=checkpoint["words"], vae=checkpoint["vae"])
+    model = DiT(DiTConfig(**{f: checkpoint["config"][f] for f in DiTConfig.__dataclass_fields__}), about.fps)
     model.load_state_dict(checkpoint["ema"])
-    return model.eval().requires_grad_(False).to(device), cfg
+    return model.eval().requires_grad_(False).to(device), about
 
 
 @torch.no_grad()
@@ -362,7 +365,7 @@ def main(cfg):
         save(path, stage="dit", step=step, config=asdict(cfg), model=model.state_dict(), ema=ema.state_dict(),
              optimizer=[optimizer.state_dict() for optimizer in optimizers], rng=torch.get_rng_state(),
              vae=fingerprint(vae), words=words(cfg))
-        video = generate(ema, vae, encode_text(captions), shape, euler_times(40, cfg.shift), cfg.guidance_scale)
+        video = generate(ema, vae, encode_text(captions), shape, euler_times(cfg.num_steps, cfg.shift), cfg.guidance_scale)
         write_png(path.with_suffix(".png"), rearrange(video, "(r k) c f h w -> c f (r h) (k w)", r=2), cfg.fps)
 
     trained, losses = parallel(model, world), []
@@ -383,7 +386,7 @@ def main(cfg):
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
             checkpoint(step + 1)
     figures = dict(loss=float(np.mean(losses)), loss_of_zero=2.)
-    print0(f"{path.with_suffix('.png')} shows:", *(f"\n  {c}" for c in captions))
+    print0(f"{path.with_suffix('.png')} shows:", *captions, sep="\n  ")
     return summary("DIT", figures, began, "python sample.py --score 192, then python prune.py")
 
 

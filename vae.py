@@ -88,9 +88,9 @@ def setup(seed):
     return device, rank, world
 
 
-def print0(*args):
+def print0(*args, sep=" "):
     if int(os.environ.get("RANK", 0)) == 0:
-        print(*args, flush=True)
+        print(*args, sep=sep, flush=True)
 
 
 def progress(start, total):
@@ -215,26 +215,26 @@ def save(path, **checkpoint):
         part.unlink(missing_ok=True)
 
 
-def load(path, stage=None):
-    """Read a checkpoint, weights and plain values only. With `stage`, it must be finished, and of that stage."""
+def load(path, stage=None, finished=True):
+    """Read a checkpoint, weights and plain values only; of the named stage, and of a finished run, if asked to."""
     script = f"{stage or Path(path).stem}.py"
     if not Path(path).exists():
-        raise Abort(f"{path} is missing: run python {script} first, or point --out at the folder that has it")
+        raise Abort(f"{path} is missing: run python {script} first, or say where it is with --out")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        step, steps, kind = checkpoint["step"], checkpoint["config"]["steps"], checkpoint["stage"]
+        step, steps, made_by = checkpoint["step"], checkpoint["config"]["steps"], checkpoint["stage"]
     except (RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
-        raise Abort(f"{path} is no whole checkpoint of ours: delete it and run python {script} again") from None
-    if stage and kind != stage:
-        raise Abort(f"{path} was made by {kind}.py, not by {script}")
-    if stage and step < steps:
+        raise Abort(f"{path} is not a whole checkpoint of ours: remove it and run python {script} again") from None
+    if stage and made_by != stage:
+        raise Abort(f"{path} was made by {made_by}.py, not by {script}")
+    if finished and step < steps:
         raise Abort(f"{path} stopped at step {step} of {steps}: finish it with python {script} --resume")
     return checkpoint
 
 
 def resume(path, cfg, modules, optimizers):
     """Load the state of an interrupted run of the same flags into modules (a dict) and optimizers; returns its step."""
-    checkpoint = load(path)
+    checkpoint = load(path, finished=False)
     changed = [k for k, v in asdict(cfg).items() if k not in ("resume", "out") and checkpoint["config"].get(k) != v]
     if changed:
         raise Abort(f"{path} was made with another --{changed[0]}: resume with the flags that it was started with")
@@ -462,7 +462,7 @@ class SyntheticClips:
         """What clip i shows and what its caption says of it, -1 where it is silent: two tensors of 4."""
         rng = np.random.default_rng((self.seed, i))
         if self.split == "full":
-            shown = COMBINATIONS[HELD_OUT][i % HELD_OUT.sum()]
+            shown = COMBINATIONS[HELD_OUT][i * 37 % 96]  # 37 and 96 have no common factor: all come, neighbours differ
             return shown, shown
         seen = COMBINATIONS[~HELD_OUT]
         shown = seen[rng.integers(len(seen))]
