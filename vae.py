@@ -130,12 +130,12 @@ class Muon(torch.optim.Optimizer):
         if x.shape[0] > x.shape[1]:
             return self.orthogonal(x.T).T
         x = x / (1.01 * x.norm() + 1e-7)
-        gram, product = x @ x.T, None
-        for a, b, c in self.COEFFICIENTS:
+        gram = x @ x.T
+        for i, (a, b, c) in enumerate(self.COEFFICIENTS):
             factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
             factor.diagonal().add_(a)
-            product = factor if product is None else factor @ product
-            gram = factor @ gram @ factor
+            gram = factor @ gram @ factor if i < len(self.COEFFICIENTS) - 1 else None
+            product = factor @ product if i else factor
         return product @ x
 
 
@@ -496,7 +496,7 @@ class VideoFolder:
         except ImportError:
             raise Abort("reading videos needs PyAV: pip install av") from None
         videos = [f for f in self.files if f.suffix.lower() in VIDEOS]
-        self.items = list(itertools.product(range(self.WINDOWS), videos)) + [(0, f) for f in files if f not in videos]
+        self.items = list(itertools.product(range(self.WINDOWS), videos)) + [(0, f) for f in self.files if f not in videos]
         n = self.WINDOWS * len(videos)
         self.kinds = {"clips": range(n), "images": range(n, len(self.items))}
         self.kinds = {kind: indices for kind, indices in self.kinds.items() if indices}
