@@ -366,12 +366,12 @@ def read_motion(path, seen):
 
 def look(clip):
     """One clip (3, F, H, W): its attributes, and its flicker, smoothness, constancy and sharpness (1 is best)."""
-    size, few = clip.shape[-1], clip[:, ::2]                         # every second frame tells the colours
+    size, coarse = clip.shape[-1], clip[..., ::2, ::2]               # a quarter of the pixels tells the colours
     p = (torch.arange(size) + .5) / size
     border = (p - .5).abs() > .48
     border = border | border[:, None]                                # an object covers less than a quarter of it
     grounds = rearrange(torch.lerp(GROUNDS[:, :1], GROUNDS[:, 1:], p[:, None]), "k h c -> k c 1 h 1")
-    off = few[..., border] - grounds.expand(-1, -1, -1, -1, size)[..., border]                  # (5, 3, F/2, border)
+    off = clip[:, ::2, border] - grounds.expand(-1, -1, -1, -1, size)[..., border]              # (5, 3, F/2, border)
     errors = reduce(off.abs(), "k c f p -> k (f p)", "mean")
     best = errors.mean(1).argmin().item()
     background = best if (errors[best] < .2).float().mean() > .7 else -1
@@ -379,11 +379,11 @@ def look(clip):
     nothing = torch.tensor([-1, -1, -1, background]), torch.zeros(4)
 
     away = clip - ground
-    apart = away[:, ::2].abs().amax(0)
-    most = apart[:, ::4, ::4].quantile(.97)                          # the smallest object covers 5% of a frame
-    if most < .4:
+    apart = away[..., ::2, ::2].abs().amax(0)
+    most = apart[:, ::2, ::2].quantile(.97)                          # the smallest object covers 5% of a frame
+    if not most > .4:                                                # no object, or NaN
         return nothing
-    paint = few[:, apart > .6 * most].median(1).values               # without the soft edge
+    paint = coarse[:, apart > .6 * most].median(1).values            # without the soft edge
     wrong = (paint - PALETTE).abs().mean(1)
     axis = paint[:, None, None, None] - ground
     matte = ((away * axis).sum(0) / (axis ** 2).sum(0).clamp(min=.1)).clamp(max=1)              # (F, H, W)
@@ -405,11 +405,11 @@ def look(clip):
     edge = mean(((matte - .5).abs() < .3).float().mean((1, 2)) / (PERIMETERS[shape] * radius[shape]).clamp(min=1e-6))
     clear = iou > MIN_IOU[shape] and iou - second > MIN_LEAD and edge < MAX_EDGE
     motion, jerk = read_motion(path, seen)
-    far = (outlines[shape] > .05) * seen[:, None, None]
+    far = (outlines[shape][:, ::2, ::2] > .05) * seen[:, None, None]
     far = far[1:] * far[:-1]
-    flicker = (away.diff(dim=1).abs().mean(0) * far).sum() / far.sum().clamp(min=1)
-    core = (matte > .8).float()
-    paints = (clip * core).mean((2, 3)) / core.mean((1, 2)).clamp(min=1e-6)                     # (3, F)
+    flicker = (coarse.diff(dim=1).abs().mean(0) * far).sum() / far.sum().clamp(min=1)
+    core = (matte[:, ::2, ::2] > .8).float()
+    paints = (coarse * core).mean((2, 3)) / core.mean((1, 2)).clamp(min=1e-6)                   # (3, F)
     true = (.5 - size * outlines[shape]).clamp(0, 1)
     blur = (matte - true * (true > .15)).abs().mean((1, 2)) / area.clamp(min=1e-6)              # (F,)
     change = vary(area) / mean(area) + vary(paints) + vary(blur)
@@ -430,11 +430,11 @@ def score(video, attributes):
     for values, free, names in zip(read.T, left_open.T, ATTRIBUTES.values()):
         if free.any():  # of what is chosen where the caption leaves the choice, so that a collapsed model shows
             counts = torch.bincount(values[free & (values >= 0)], minlength=len(names))
-            entropies.append(torch.special.entr(counts / counts.sum().clamp(min=1)).sum().item() / np.log(len(names)))
+            entropies.append(torch.special.entr(counts / counts.sum().clamp(min=1)).sum() / np.log(len(names)))
     right = torch.where(left_open, read >= 0, read == attributes)
     figures = {"semantic": right.all(1).float().mean().item(), **dict(zip(ATTRIBUTES, right.float().mean(0).tolist()))}
     figures |= dict(zip(("flicker", "smoothness", "constancy", "sharpness"), quality.mean(0).tolist()))
-    figures |= {"quality": quality.mean().item(), "entropy": sum(entropies) / len(entropies) if entropies else 1.}
+    figures |= {"quality": quality.mean().item(), "entropy": float(np.mean(entropies)) if entropies else 1.}
     return {"total": (4 * figures["quality"] + figures["semantic"]) / 5, **figures}
 
 
