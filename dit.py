@@ -301,8 +301,8 @@ class Config(DiTConfig, DataConfig):
     num_steps: int = flag(40, "denoising steps of a sample")
     guidance_scale: float = flag(3., "classifier-free guidance of the 40-step recipe")
     shift: float = flag(2., "above 1, more of the sampling steps go near noise")
-    score_clips: int = flag(48, "captions of each test set that the summary scores; 0 for none")
-    save_every: int = flag(200, "steps between checkpoints, and between contact sheets out/dit.png")
+    score_clips: int = flag(48, "unseen captions whose samples are scored at the end; 0 for none")
+    save_every: int = flag(400, "steps between checkpoints, and between contact sheets out/dit.png")
     log_every: int = flag(100, "steps between printed lines")
     resume: bool = flag(False, "continue an interrupted run from its last checkpoint")
     dry_run: bool = flag(False, "print parameters, FLOPs and memory, and stop")
@@ -363,7 +363,7 @@ def main(cfg):
            f"{sum(p.numel() for p in model.parameters()):,} parameters; latents {shape}; {world} x {device.type}")
     cache = list(encode_clips(cfg, vae, encode_text, rank, world, device).values())
     sizes = np.array([len(latents) for latents, _, _ in cache])
-    captions, said = test_captions(cfg, "full", 8)
+    captions, _ = test_captions(cfg, "full", 8)
     ema, optimizers = copy.deepcopy(model).requires_grad_(False), make_optimizers(model, cfg.lr, cfg.muon_lr)
     start = resume(path, cfg, {"model": model, "ema": ema}, optimizers) if cfg.resume else 0
 
@@ -391,7 +391,12 @@ def main(cfg):
             print0(f"step {step + 1}/{cfg.steps}  loss {np.mean(losses):.4f}  {(time.time() - began) / 60:.1f} min")
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
             checkpoint(step + 1)
-    figures = dict(loss=float(np.mean(losses)), loss_of_zero=2.)
+    figures = dict(loss=float(np.mean(losses)), loss_of_zero=2.)  # noise and normalised latents have variance 1
+    if cfg.score_clips and cfg.data == "synthetic" and rank == 0:
+        (unseen, said), clips = test_captions(cfg, "full", cfg.score_clips), open_clips(cfg, "full")
+        video = generate(ema, vae, encode_text(unseen), shape, euler_times(cfg.num_steps, cfg.shift), cfg.guidance_scale)
+        again = torch.cat([vae.decode(vae.encode(clips[i][0][None])) for i in range(cfg.score_clips)])
+        figures |= dict(semantic=score(video, said)["semantic"], semantic_reconstructed=score(again, said)["semantic"])
     print0(f"{path.with_suffix('.png')} shows:", *captions, sep="\n  ")
     return summary("DIT", figures, began, "python sample.py --score 192, then python prune.py")
 
