@@ -275,9 +275,9 @@ def encode_clips(cfg, vae, encode_text, rank, world, device):
                               for name in ("latents", "text_emb", "text_mask", "done"))
         todo = np.flatnonzero(np.asarray(done) == 0)[rank::world].tolist()
         for i, j in zip(todo, progress(0, len(todo))):
-            video, caption = clips[clips.kinds[kind][i]]
-            emb, mask = encode_text([caption])
-            for array, value in zip(cache[kind], (vae.encode(video[None].to(device)), emb, mask)):
+            clip = clips.kinds[kind][i]
+            emb, mask = encode_text([clips.caption(clip)])
+            for array, value in zip(cache[kind], (vae.encode(clips.video(clip)[None].to(device)), emb, mask)):
                 array[i] = value[0].cpu().numpy()
             done[i] = 1
         print0(f"{folder}: encoded {len(todo)} of {n} {kind}, the others were there")
@@ -395,7 +395,7 @@ def main(cfg):
     if cfg.score_clips and cfg.data == "synthetic" and rank == 0:
         (unseen, said), clips = test_captions(cfg, "full", cfg.score_clips), open_clips(cfg, "full")
         video = generate(ema, vae, encode_text(unseen), shape, euler_times(cfg.num_steps, cfg.shift), cfg.guidance_scale)
-        again = torch.cat([vae.decode(vae.encode(clips[i][0][None])) for i in range(cfg.score_clips)])
+        again = torch.cat([vae.decode(vae.encode(clips.video(i)[None].to(device)).cpu()) for i in range(cfg.score_clips)])
         figures |= dict(semantic=score(video, said)["semantic"], semantic_reconstructed=score(again, said)["semantic"])
     print0(f"{path.with_suffix('.png')} shows:", *captions, sep="\n  ")
     return summary("DIT", figures, began, "python sample.py --score 192, then python prune.py")

@@ -68,7 +68,7 @@ def score_table(cfg, model, vae, text, shape, recipe, trained):
     for split in "full", "open":
         captions, said = test_captions(trained, split, cfg.score)
         clips = open_clips(trained, split)
-        true = torch.stack([clips[i][0] for i in range(cfg.score)])
+        true = torch.stack([clips.video(i) for i in range(cfg.score)])
         with torch.no_grad():
             again = torch.cat([vae.decode(vae.encode(v)).clamp(-1, 1) for v in true.split(8)])
         rows = {"generated": generate(model, vae, text(captions), shape, *recipe, seed=cfg.seed), "reconstructed": again,

@@ -319,22 +319,23 @@ def track(shape, motion, rng, frames):
     return r, low + (high - low) * torch.tensor(rng.uniform(size=2), dtype=torch.float32) + path
 
 
-def render(attributes, seed=0, index=0, frames=17, size=(128, 128)):
-    """Anti-aliased clips of one moving object on a plain background.
+def render(attributes, seed=0, index=0, frames=17, size=(128, 128), window=(slice(None),) * 3):
+    """Anti-aliased clips of one moving object on a plain background, or a window (of frames, rows, columns) of them.
 
     attributes: (n, 4) long, positions in ATTRIBUTES. Clip i depends on (seed, index + i) and its attributes alone.
     Returns video (n, 3, frames, height, width) in [-1, 1].
     """
-    (height, width), video = size, torch.empty(len(attributes), 3, frames, *size)
-    p, q = ((torch.arange(n) + .5) / n for n in size)
+    p, q = (((torch.arange(n) + .5) / n)[w] for n, w in zip(size, window[1:]))
+    video = []
     for i, (colour, shape, motion, background) in enumerate(attributes.tolist()):
         r, path = track(shape, motion, np.random.default_rng((seed, index + i)), frames)
-        x, y = q - path[:, 0, None, None], p[:, None] - path[:, 1, None, None]               # (F, 1, W), (F, H, 1)
-        inside = (.5 - height * signed_distance(shape, x, y, r)).clamp(0, 1)                     # (F, H, W)
+        path = path[window[0], :, None, None]
+        x, y = q - path[:, 0], p[:, None] - path[:, 1]                                           # (F, 1, W), (F, H, 1)
+        inside = (.5 - size[0] * signed_distance(shape, x, y, r)).clamp(0, 1)                    # (F, H, W)
         top, bottom = GROUNDS[background, :, :, None, None, None]
         ground = torch.lerp(top, bottom, p[:, None])                                             # (3, 1, H, 1)
-        video[i] = torch.lerp(ground, PALETTE[colour][:, None, None, None], inside)
-    return video
+        video.append(torch.lerp(ground, PALETTE[colour][:, None, None, None], inside))
+    return torch.stack(video)
 
 
 # ------------------------------------------------------------------------------------------------ the toy's reader
@@ -469,17 +470,19 @@ class SyntheticClips:
         silent = rng.random(4) < .2 if self.split == "train" else rng.permutation(4) < 2
         return shown, torch.where(torch.from_numpy(silent), -1, shown)
 
-    def __getitem__(self, i):
-        shown, said = self.attributes(i)
-        return render(shown[None], self.seed, i, self.cfg.frames, self.cfg.size)[0], caption(said.tolist())
+    def video(self, i, window=(slice(None),) * 3):
+        return render(self.attributes(i)[0][None], self.seed, i, self.cfg.frames, self.cfg.size, window)[0]
+
+    def caption(self, i):
+        return caption(self.attributes(i)[1].tolist())
 
 
 class VideoFolder:
-    """A folder of videos and images with captions. Clip i is a window of file i % n, images being one-frame clips.
+    """A folder of videos and images with captions. Each video gives STARTS clips, each image one of one frame.
 
     Raises Abort where the folder, a caption or `av` is missing, or a file cannot be read or is too short.
     """
-    WINDOWS = 8  # Ours: starts per video, evenly spread, so that decoded clips can be kept
+    STARTS = 8  # Ours: starts per video, evenly spread, so that decoded clips can be kept
 
     def __init__(self, cfg):
         self.cfg, folder = cfg, Path(cfg.data)
@@ -496,21 +499,21 @@ class VideoFolder:
         except ImportError:
             raise Abort("reading videos needs PyAV: pip install av") from None
         videos = [f for f in self.files if f.suffix.lower() in VIDEOS]
-        self.items = list(itertools.product(range(self.WINDOWS), videos)) + [(0, f) for f in self.files if f not in videos]
-        n = self.WINDOWS * len(videos)
+        self.items = list(itertools.product(range(self.STARTS), videos)) + [(0, f) for f in self.files if f not in videos]
+        n = self.STARTS * len(videos)
         self.kinds = {"clips": range(n), "images": range(n, len(self.items))}
         self.kinds = {kind: indices for kind, indices in self.kinds.items() if indices}
         self.read = lru_cache(256)(self.read)
 
-    def __getitem__(self, i):
-        window, path = self.items[i]
-        return self.read(path, window), self.caption(i)
+    def video(self, i, window=(slice(None),) * 3):
+        start, path = self.items[i]
+        return self.read(path, start)[:, *window]
 
     def caption(self, i):
         return " ".join(self.items[i][1].with_suffix(".txt").read_text().lower().split())
 
-    def read(self, path, window):
-        """Decode one window -> (3, F, H, W) in [-1, 1], nearest frames in time, cropped in the middle to the size."""
+    def read(self, path, start):
+        """Decode the clip at one of the starts -> (3, F, H, W) in [-1, 1], nearest frames in time, cropped in the middle to the size."""
         import av
         cfg, still = self.cfg, path.suffix.lower() in IMAGES
         count = 1 if still else cfg.frames
@@ -524,7 +527,7 @@ class VideoFolder:
                 if not still and room < 0:
                     raise Abort(f"{path} lasts {seconds:.2f} s, a clip of {count} frames at {cfg.fps:g} per second "
                                 f"{count / cfg.fps:.2f} s: remove it, or lower --frames or raise --fps")
-                wanted = wanted + room * window / (self.WINDOWS - 1)
+                wanted = wanted + room * start / (self.STARTS - 1)
                 frames, late = [], (stream.start_time or 0) * (stream.time_base or 0)
                 container.seek(0 if still else int(wanted[0] / stream.time_base), stream=stream)
                 for frame in container.decode(stream):
@@ -726,7 +729,7 @@ class VAE(nn.Module):
         """Set mean and std from the posteriors' means of `count` clips, drawn from all of them evenly."""
         indices = next(iter(clips.kinds.values()))
         indices = indices[::max(1, len(indices) // count)][:count]
-        z = torch.stack([self.posterior(self.to_patches(clips[i][0][None].to(self.mean.device)))[0][0] for i in indices], 1)
+        z = torch.stack([self.posterior(self.to_patches(clips.video(i)[None].to(self.mean.device)))[0][0] for i in indices], 1)
         self.std, self.mean = (y.view(1, -1, 1, 1, 1) for y in torch.std_mean(z.flatten(1), 1))
 
 
@@ -735,6 +738,8 @@ class VAE(nn.Module):
 class Config(VAEConfig):
     steps: int = flag(1600, "training steps")
     batch_size: int = flag(2, "clips per process and step")
+    crop: tuple = flag((9, 64, 64), "frames, height and width of a crop")
+    crop_share: float = flag(.6, "Ours: share of the steps, the first ones, on as many crops as make up the clips' size")
     lr: float = flag(2e-3, "AdamW's learning rate")
     muon_lr: float = flag(.02, "Muon's, for inner matrices and kernels; 0: AdamW trains them too")
     kl_weight: float = flag(1e-4, "weight of the KL divergence from N(0, I)")
@@ -748,7 +753,7 @@ class Config(VAEConfig):
 
 PRESETS = {"toy": {}, "paper": dict(  # LTX's own sizes: 419,193,649 parameters
     frames=33, size=(512, 512), fps=24., patch=0, widths=(128, 256, 512, 512), encoder_blocks=(4, 3, 3, 7),
-    decoder_blocks=(4, 3, 3, 7), light=False, steps=200_000, batch_size=1, lr=5e-5, muon_lr=0.,
+    decoder_blocks=(4, 3, 3, 7), light=False, steps=200_000, batch_size=1, crop_share=0., lr=5e-5, muon_lr=0.,
     consistency_weight=.1, workers=8, save_every=1000)}
 
 
@@ -794,11 +799,19 @@ class Batches(torch.utils.data.Dataset):
         self.clips, self.cfg, self.rank = clips, cfg, rank
 
     def __getitem__(self, step):
-        rng = np.random.default_rng((self.cfg.seed, step, self.rank))
-        kinds = list(self.clips.kinds.values())
-        sizes = np.array([len(indices) for indices in kinds], float)
-        indices = kinds[rng.choice(len(kinds), p=sizes / sizes.sum())]  # videos and images do not share a batch
-        return torch.stack([self.clips[indices[i]][0] for i in rng.integers(len(indices), size=self.cfg.batch_size)])
+        rng, cfg = np.random.default_rng((self.cfg.seed, step, self.rank)), self.cfg
+        kinds, sizes = zip(*((kind, len(indices)) for kind, indices in self.clips.kinds.items()))
+        kind = rng.choice(kinds, p=np.divide(sizes, sum(sizes)))  # videos and images do not share a batch
+        indices, whole = self.clips.kinds[kind], (1 if kind == "images" else cfg.frames, *cfg.size)
+        part = tuple(map(min, cfg.crop, whole)) if step < cfg.crop_share * cfg.steps else whole
+
+        def draw(i):
+            starts = [rng.integers(n - m + 1) for n, m in zip(whole, part)]
+            return self.clips.video(i, tuple(slice(s, s + m) for s, m in zip(starts, part)))
+
+        count = cfg.batch_size * math.prod(whole) // math.prod(part)
+        return torch.stack([max((draw(i) for _ in range(1 + 2 * (part != whole))), key=torch.std)
+                            for i in (indices[j] for j in rng.integers(len(indices), size=count))])
 
 
 def psnr(a, b):
@@ -811,7 +824,7 @@ def evaluate(vae, cfg, device):
     """Figures of reconstructed clips, unseen ones if synthetic, and a film of inputs above reconstructions."""
     clips = open_clips(cfg, "full")
     indices = next(iter(clips.kinds.values()))[:48]
-    video = torch.stack([clips[i][0] for i in indices])
+    video = torch.stack([clips.video(i) for i in indices])
     output = torch.cat([vae.decode(vae.encode(v.to(device))).cpu() for v in video.split(4)]).clamp(-1, 1)
     c, f, h, w = vae.latent_shape(*video.shape[2:])
     scale = (c / 3) ** .5  # the baseline: averages over boxes, as many numbers as the latents have
