@@ -34,9 +34,10 @@ import sample
 import vae
 from vae import COMBINATIONS, HELD_OUT, Abort
 
+torch.set_num_threads(1)  # the fastest for models as small as these
 SHARED = tempfile.TemporaryDirectory()
 TINY_VAE = vae.Config(frames=9, size=(32, 32), latent_channels=8, widths=(8, 8, 16, 16), encoder_blocks=(1, 0, 1, 1),
-                      decoder_blocks=(0, 1, 1, 1), steps=4, save_every=2, log_every=2)
+                      decoder_blocks=(0, 1, 1, 1), crop=(1, 32, 32), steps=4, save_every=2, log_every=2)
 LTX_VAE = replace(TINY_VAE, patch=0, light=False, encoder_blocks=(1, 1, 1, 2), decoder_blocks=(1, 1, 1, 2))
 TINY_DIT = dit.Config(frames=9, size=(32, 32), in_channels=8, depth=2, width=32, num_heads=2, head_dim=16, ffn_dim=64,
                       text_dim=12, num_clips=12, batch_size=4, steps=4, save_every=2, log_every=2, num_steps=3,
@@ -353,21 +354,21 @@ def test_video_folder(folder):
     cfg = vae.DataConfig(data=str(folder), frames=9, size=(32, 32), fps=8.)
     clips, wrong = vae.open_clips(cfg), []
     assert {k: len(v) for k, v in clips.kinds.items()} == {"clips": 16, "images": 1}
-    assert vae.words(cfg) == ["a", "gray", "on", "picture"] and clips[16][1] == "a picture"
-    assert (clips[16][0] - image).abs().max() < .51 / 127.5
+    assert vae.words(cfg) == ["a", "gray", "on", "picture"] and clips.caption(16) == "a picture"
+    assert (clips.video(16) - image).abs().max() < .51 / 127.5
     for i in range(16):
-        (window, path), (video, words) = clips.items[i], clips[i]
-        assert video.shape == (3, 9, 32, 32) and words == "gray on gray"
+        (start, path), video = clips.items[i], clips.video(i)
+        assert video.shape == (3, 9, 32, 32) and clips.caption(i) == "gray on gray"
         rate = {"a": 16, "b": 8}[path.stem]
         shown = ((((video + 1) * 127.5).mean((0, 2, 3)) - 20) / 5).round()                       # numbers of the frames
-        wanted = rate * ((40 / rate - 9 / 8) * window / 7 + torch.arange(9) / 8)
+        wanted = rate * ((40 / rate - 9 / 8) * start / 7 + torch.arange(9) / 8)
         if (shown - wanted).abs().max() > .51:
-            wrong.append(f"{path.name}, window {window}: frames {shown.tolist()}, nearest to {wanted.tolist()}")
-    aborts("lasts 2.50 s", lambda: vae.open_clips(replace(cfg, frames=25))[0])
+            wrong.append(f"{path.name}, start {start}: frames {shown.tolist()}, nearest to {wanted.tolist()}")
+    aborts("lasts 2.50 s", lambda: vae.open_clips(replace(cfg, frames=25)).video(0))
     fast = vae.open_clips(replace(cfg, fps=24.))                         # more frames than there are
-    assert all(fast[i][0].shape == (3, 9, 32, 32) for i in range(16)) and not wrong, "\n".join(wrong)
+    assert all(fast.video(i).shape == (3, 9, 32, 32) for i in range(16)) and not wrong, "\n".join(wrong)
     (folder / "a.mp4").write_bytes((folder / "b.mp4").read_bytes()[:300])
-    aborts("a.mp4 cannot be decoded", lambda: vae.open_clips(cfg)[0])
+    aborts("a.mp4 cannot be decoded", lambda: vae.open_clips(cfg).video(0))
     (folder / "c.txt").unlink()
     aborts("has no caption", vae.open_clips, cfg)
 
@@ -427,7 +428,7 @@ def test_vae_is_ltx():
 @torch.no_grad()
 def test_latents_are_normalised():
     model, clips = vae.VAE(TINY_VAE), vae.open_clips(TINY_VAE)
-    video = torch.stack([clips[2 ** 27 * i][0] for i in range(16)])      # evenly from all of them
+    video = torch.stack([clips.video(2 ** 27 * i) for i in range(16)])      # evenly from all of them
     raw = model.encode(video)
     decoded = model.decode(raw)
     model.measure_latents(clips, 16)
@@ -613,8 +614,7 @@ def test_latent_cache(folder):
 
     whole, count = encode("a")
     for i in range(12):
-        video, words = clips[i]
-        for array, value in zip(whole, (first.encode(video[None]), *text([words])), strict=True):
+        for array, value in zip(whole, (first.encode(clips.video(i)[None]), *text([clips.caption(i)])), strict=True):
             close(array[i], value[0], 1e-3)                              # float16
     aborts("broken off", encode, "b", first, breaking(text, 5))
     again, rest = encode("b")
@@ -667,7 +667,7 @@ def test_sample_writes_what_is_asked_for(folder):
     films = [np.load(folder / f"000{i}.npy") for i in (0, 1)]
     assert films[0].shape == (9, 32, 32, 3) and films[0].dtype == np.uint8 and not np.array_equal(*films)
     for name, film in {"0000.png": films[0], "0001.png": films[1], "sample.png": films[0]}.items():
-        assert np.array_equal(read_png(folder / name)[0], film), name
+        assert np.abs(read_png(folder / name)[0] - film.astype(int)).max() <= 1, name  # another batch rounds otherwise
     assert np.load(folder / "sample.npy").shape == (9, 3 * 32, 4 * 32, 3)
 
 

@@ -738,8 +738,9 @@ class VAE(nn.Module):
 class Config(VAEConfig):
     steps: int = flag(1600, "training steps")
     batch_size: int = flag(2, "clips per process and step")
-    crop: tuple = flag((9, 64, 64), "frames, height and width of a crop")
-    crop_share: float = flag(.6, "Ours: share of the steps, the first ones, on as many crops as make up the clips' size")
+    crop: tuple = flag((9, 64, 64), "frames, height and width of the crops that training starts on")
+    crop_share: float = flag(.75, "Ours: share of the steps that are on crops, which show more objects in less time")
+    crop_batch: int = flag(8, "crops per process and step")
     lr: float = flag(2e-3, "AdamW's learning rate")
     muon_lr: float = flag(.02, "Muon's, for inner matrices and kernels; 0: AdamW trains them too")
     kl_weight: float = flag(1e-4, "weight of the KL divergence from N(0, I)")
@@ -809,9 +810,11 @@ class Batches(torch.utils.data.Dataset):
             starts = [rng.integers(n - m + 1) for n, m in zip(whole, part)]
             return self.clips.video(i, tuple(slice(s, s + m) for s, m in zip(starts, part)))
 
-        count = cfg.batch_size * math.prod(whole) // math.prod(part)
-        return torch.stack([max((draw(i) for _ in range(1 + 2 * (part != whole))), key=torch.std)
-                            for i in (indices[j] for j in rng.integers(len(indices), size=count))])
+        if part == whole:
+            return torch.stack([draw(indices[j]) for j in rng.integers(len(indices), size=cfg.batch_size)])
+        # of two crops the one that shows more
+        return torch.stack([max(draw(indices[j]), draw(indices[j]), key=torch.std)
+                            for j in rng.integers(len(indices), size=cfg.crop_batch)])
 
 
 def psnr(a, b):
