@@ -256,7 +256,7 @@ def encode_clips(cfg, vae, encode_text, rank, world, device):
     Returns for each kind of clip the arrays latents (n, C, f, h, w), text_emb (n, L, E) and text_mask (n, L).
     """
     folder, clips, note = Path(cfg.out) / "latents", open_clips(cfg), Path(cfg.out) / "latents" / "about.json"
-    about = dict(vae=fingerprint(vae), data=cfg.data, frames=cfg.frames, size=cfg.size, fps=cfg.fps, seed=cfg.seed,
+    about = dict(vae=fingerprint(vae), data=cfg.data, frames=cfg.frames, size=list(cfg.size), fps=cfg.fps, seed=cfg.seed,
                   clips=cfg.num_clips, text=[cfg.text_dim, cfg.text_length])
     sizes = {kind: min(len(indices), cfg.num_clips) for kind, indices in clips.kinds.items()}
     if rank == 0 and not (note.exists() and json.loads(note.read_text()) == about):
@@ -317,6 +317,8 @@ PRESETS = {"toy": {}, "paper": dict(  # Sec. 5: the server model, 2.0B
 def load_dit(path, stage=None, device="cpu"):
     """The averaged model of dit.py's checkpoint or a later stage's, and what else the checkpoint says, by name."""
     checkpoint = load(path, stage)
+    if "words" not in checkpoint:
+        raise Abort(f"{path} was made by {checkpoint['stage']}.py and is no generator")
     about = SimpleNamespace(**checkpoint["config"], words=checkpoint["words"], vae=checkpoint["vae"])
     model = DiT(DiTConfig(**{f: checkpoint["config"][f] for f in DiTConfig.__dataclass_fields__}), about.fps)
     model.load_state_dict(checkpoint["ema"])

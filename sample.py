@@ -163,6 +163,8 @@ def main(cfg):
     prompts = [cfg.prompt] if cfg.prompt else test_captions(trained, "full", 12)[0]
     if cfg.prompts:
         prompts = [line for line in Path(cfg.prompts).read_text().splitlines() if line.strip()]
+    if not prompts:
+        raise Abort(f"{cfg.prompts} has no captions: write one a line")
     unknown = sorted({word for prompt in prompts for word in prompt.lower().split()} - set(trained.words))
     if unknown:
         raise Abort(f"the checkpoint never saw: {' '.join(unknown)}. It knows: {' '.join(trained.words)}")

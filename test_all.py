@@ -116,12 +116,20 @@ def run(pattern=""):
 
 # ------------------------------------------------------------------------------------------------ vae.py: plumbing
 def test_muon_learning_rate_and_update():
-    for shape in ((24, 24), (16, 40), (40, 16)):
-        x = torch.randn(shape, dtype=torch.float64)
-        u, _, vh = torch.linalg.svd(x, full_matrices=False)
-        inside = u.T @ vae.Muon([torch.nn.Parameter(x)], .1).orthogonal(x) @ vh.T
-        values = inside.diagonal()  # of the same singular vectors, in the range of three steps of Polar Express
+    weights = [torch.nn.Parameter(torch.zeros(shape).double()) for shape in ((24, 24), (16, 40), (40, 16), (16, 8, 5))]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    vae.Muon(weights, 1.).step()
+    for weight in weights:  # its first step: the gradient's singular vectors, values in Polar Express' range of 3 steps
+        u, _, vh = torch.linalg.svd(weight.grad.flatten(1), full_matrices=False)
+        inside = -u.T @ weight.detach().flatten(1) @ vh.T / max(1, len(u) / vh.shape[1]) ** .5
+        values = inside.diagonal()
         assert (inside - values.diag()).abs().max() < 1e-9 and .13 < values.min() and values.max() < 1.87
+    model = vae.VAE(TINY_VAE)
+    order = {p: i for i, p in enumerate(model.parameters())}
+    for optimizer in vae.make_optimizers(model, 1., 1.):
+        places = [order[p] for p in optimizer.param_groups[0]["params"]]
+        assert places == sorted(places), "the order differs between processes, so their states cannot be resumed"
     rates = [vae.learning_rate(step, 200) for step in range(200)]
     assert np.allclose(rates, [*np.arange(1, 21) / 20, *np.ones(80), *np.arange(100, 0, -1) / 100])
     model, ones, cfg = torch.nn.Linear(2, 1), torch.ones(1, 2), replace(TINY_VAE, steps=1000)
@@ -261,9 +269,11 @@ def test_objects_move_as_said_inside_the_frame():
 
 
 def test_clips_depend_on_seed_and_index_alone():
-    draw = lambda rows, *key: vae.render(COMBINATIONS[rows], *key, frames=3, size=(64, 64))
+    draw = lambda rows, *key, **part: vae.render(COMBINATIONS[rows], *key, frames=3, size=(64, 64), **part)
     clips = draw([5, 300, 701], 3, 10)
     assert torch.equal(clips, draw([5, 300, 701], 3, 10)) and torch.equal(clips[1:2], draw([300], 3, 11))
+    window = slice(1, 3), slice(8, 40), slice(20, 60)
+    close(draw([5, 300, 701], 3, 10, window=window), clips[:, :, *window], 1e-6)  # a part of the same clips
     others = [draw([5], *key) for key in ((3, 10), (3, 11), (4, 10))]
     assert all((a - b).abs().max() > .5 for a, b in itertools.combinations(others, 2))
 

@@ -16,6 +16,7 @@ import struct
 import sys
 import time
 import zlib
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -117,23 +118,27 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            alike = defaultdict(list)  # matrices of one shape are made orthogonal together
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                average = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                average.lerp_(p.grad, 1 - group["momentum"])
-                update = self.orthogonal(p.grad.lerp(average, group["momentum"]).flatten(1))
-                p.add_(update.view_as(p), alpha=-group["lr"] * max(1, update.shape[0] / update.shape[1]) ** .5)
+                if p.grad is not None:
+                    average = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    average.lerp_(p.grad, 1 - group["momentum"])
+                    update = p.grad.lerp(average, group["momentum"]).flatten(1)
+                    alike[update.shape].append((p, update))
+            for (rows, columns), pairs in alike.items():
+                params, updates = zip(*pairs)
+                for p, update in zip(params, self.orthogonal(torch.stack(updates))):
+                    p.add_(update.reshape(p.shape), alpha=-group["lr"] * max(1, rows / columns) ** .5)
 
     def orthogonal(self, x):
-        """About U V^T of the singular value decomposition U S V^T of x (m, n)."""
-        if x.shape[0] > x.shape[1]:
-            return self.orthogonal(x.T).T
-        x = x / (1.01 * x.norm() + 1e-7)
-        gram = x @ x.T
+        """About U V^T of the singular value decomposition U S V^T of each of the matrices x (k, m, n)."""
+        if x.shape[1] > x.shape[2]:
+            return self.orthogonal(x.mT).mT
+        x = x / (1.01 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        gram = x @ x.mT
         for i, (a, b, c) in enumerate(self.COEFFICIENTS):
-            factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-            factor.diagonal().add_(a)
+            factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            factor.diagonal(dim1=1, dim2=2).add_(a)
             gram = factor @ gram @ factor if i < len(self.COEFFICIENTS) - 1 else None
             product = factor @ product if i else factor
         return product @ x
@@ -145,7 +150,7 @@ def make_optimizers(model, lr, muon_lr):
     inner = {n for n, p in params.items() if muon_lr and p.ndim > 1 and n.split(".")[0] in model.inner}
     adamw = torch.optim.AdamW([p for n, p in params.items() if n not in inner], lr, betas=(.9, .999), weight_decay=0,
                               fused=True)
-    return [adamw] + ([Muon([params[n] for n in inner], muon_lr)] if inner else [])
+    return [adamw] + ([Muon([p for n, p in params.items() if n in inner], muon_lr)] if inner else [])
 
 
 
@@ -223,7 +228,7 @@ def load(path, stage=None, finished=True):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         step, steps, made_by = checkpoint["step"], checkpoint["config"]["steps"], checkpoint["stage"]
-    except (RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
         raise Abort(f"{path} is not a whole checkpoint of ours: remove it and run python {script} again") from None
     if stage and made_by != stage:
         raise Abort(f"{path} was made by {made_by}.py, not by {script}")
@@ -523,7 +528,8 @@ class VideoFolder:
                 stream.thread_type = "AUTO"
                 seconds = 0 if still else float((stream.duration or 0) * stream.time_base)
                 wanted = np.arange(count) / cfg.fps
-                room = seconds - wanted[-1] - 1 / cfg.fps
+                shortest = 1 / float(stream.average_rate or cfg.fps)
+                room = seconds - wanted[-1] - max(shortest, 1 / cfg.fps)
                 if not still and room < 0:
                     raise Abort(f"{path} lasts {seconds:.2f} s, a clip of {count} frames at {cfg.fps:g} per second "
                                 f"{count / cfg.fps:.2f} s: remove it, or lower --frames or raise --fps")
@@ -531,7 +537,7 @@ class VideoFolder:
                 frames, late = [], (stream.start_time or 0) * (stream.time_base or 0)
                 container.seek(0 if still else int(wanted[0] / stream.time_base), stream=stream)
                 for frame in container.decode(stream):
-                    while len(frames) < count and (still or frame.time - float(late) >= wanted[len(frames)] - .5 / cfg.fps):
+                    while len(frames) < count and (still or frame.time - float(late) >= wanted[len(frames)] - .5 * shortest):
                         frames.append(frame.to_ndarray(format="rgb24"))
                     if len(frames) == count:
                         break
@@ -688,9 +694,11 @@ class VAE(nn.Module):
         self.register_buffer("mean", torch.zeros(1, c, 1, 1, 1))
         self.register_buffer("std", torch.ones(1, c, 1, 1, 1))
 
-    def latent_shape(self, frames, height, width):
+    def latent_shape(self, frames, *size):
         """(C, f, h, w) of a clip's latents; raises Abort if the clip's size does not fit the ratio."""
-        time, space = self.compression
+        if len(size) != 2:
+            raise Abort(f"--size takes a height and a width, such as {self.cfg.size[0]},{self.cfg.size[-1]}")
+        (time, space), (height, width) = self.compression, size
         if frames % time != 1:
             raise Abort(f"{frames} frames do not fit --ratio {self.cfg.ratio}: use 1 + a multiple of {time}, "
                         f"such as {frames // time * time + 1}")
@@ -858,7 +866,7 @@ def main(cfg):
     optimizers = make_optimizers(vae, cfg.lr, cfg.muon_lr)
     start = resume(path, cfg, {"model": vae}, optimizers) if cfg.resume else 0
     loader = torch.utils.data.DataLoader(Batches(open_clips(cfg), cfg, rank), None, sampler=range(start, cfg.steps),
-                                         num_workers=cfg.workers)
+                                         num_workers=cfg.workers, generator=torch.Generator())
     model = parallel(trainer, world)
 
     def checkpoint(step):
