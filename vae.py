@@ -346,8 +346,8 @@ def render(attributes, seed=0, index=0, frames=17, size=(128, 128), window=(slic
 # ------------------------------------------------------------------------------------------------ the toy's reader
 AREAS = torch.tensor([np.pi, 1.8 ** 2, 27 ** .5 * .62 ** 2, .72 * (4.2 - .72)]).float()      # of SHAPES at radius 1
 PERIMETERS = torch.tensor([2 * np.pi, 4 * 1.8, 108 ** .5 * .62, 4 * 2.1]).float()
-MIN_IOU = torch.tensor([.945, .945, .92, .87])  # strict where blobs come close, lax where blur takes the corners away
-MIN_LEAD, MAX_EDGE = .04, .037           # IoU ahead of the second shape; width of the outline's soft edge, in frames
+MIN_IOU = torch.tensor([.9, .87, .8, .8])     # with the shape's outline; a circle's is the one that blobs come close to
+MIN_LEAD, MAX_EDGE = .03, .055           # IoU ahead of the second shape; width of the outline's soft edge, in frames
 REACH = torch.tensor([[.25, .65], [.2, .5], [.12, .26]])     # shortest and longest straight move, bounce and orbit
 
 
