@@ -22,8 +22,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from vae import (VAE, Abort, DataConfig, VAEConfig, flag, launch, learning_rate, load, make_optimizers, open_clips,
-                 barrier, caption, dry_run, parallel, print0, progress, resume, save, score, setup, summary, update, words, write_png)
+from vae import (VAE, Abort, DataConfig, VAEConfig, barrier, caption, dry_run, flag, launch, load, make_optimizers,
+                 open_clips, parallel, print0, progress, resume, save, score, setup, summary, update, words, write_png)
 
 # ------------------------------------------------------------------------------------------------ the model
 # LTX-Video's transformer [9], module for module. It is exported to Core ML, so shapes inside are static ints.
@@ -95,7 +95,7 @@ class Attention(nn.Module):
         self.register_buffer("head_ids", torch.arange(num_heads))
 
     def forward(self, x, context=None, bias=None, rope=None):
-        """x (B, N, D), context (B, L, D) or None for x itself, bias (B, 1, 1, L), rope two of (N, heads, head_dim // 2)."""
+        """x (B, N, D); context (B, L, D), None for x itself; bias (B, 1, 1, L); rope two of (N, heads, head_dim // 2)."""
         context = x if context is None else context
         q = rms_norm(self.to_q(x), self.norm_q, 1e-5)                                            # (B, N, inner)
         k = rms_norm(self.to_k(context), self.norm_k, 1e-5)                                      # (B, L, inner)
@@ -142,7 +142,8 @@ class DiT(nn.Module):
         self.proj_in = nn.Linear(cfg.in_channels, cfg.width)
         self.time_mlp = nn.Sequential(nn.Linear(256, cfg.width), nn.SiLU(), nn.Linear(cfg.width, cfg.width))
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.width, 6 * cfg.width))
-        self.text_mlp = nn.Sequential(nn.Linear(cfg.text_dim, cfg.width), nn.GELU("tanh"), nn.Linear(cfg.width, cfg.width))
+        self.text_mlp = nn.Sequential(nn.Linear(cfg.text_dim, cfg.width), nn.GELU("tanh"),
+                                      nn.Linear(cfg.width, cfg.width))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         self.proj_out = nn.Linear(cfg.width, cfg.in_channels)
 
@@ -256,15 +257,16 @@ def encode_clips(cfg, vae, encode_text, rank, world, device):
     Returns for each kind of clip the arrays latents (n, C, f, h, w), text_emb (n, L, E) and text_mask (n, L).
     """
     folder, clips, note = Path(cfg.out) / "latents", open_clips(cfg), Path(cfg.out) / "latents" / "about.json"
-    about = dict(vae=fingerprint(vae), data=cfg.data, frames=cfg.frames, size=list(cfg.size), fps=cfg.fps, seed=cfg.seed,
-                  clips=cfg.num_clips, text=[cfg.text_dim, cfg.text_length])
+    about = dict(vae=fingerprint(vae), data=cfg.data, frames=cfg.frames, size=list(cfg.size), fps=cfg.fps,
+                 seed=cfg.seed,  clips=cfg.num_clips, text=[cfg.text_dim, cfg.text_length])
     sizes = {kind: min(len(indices), cfg.num_clips) for kind, indices in clips.kinds.items()}
     if rank == 0 and not (note.exists() and json.loads(note.read_text()) == about):
         folder.mkdir(parents=True, exist_ok=True)
         note.unlink(missing_ok=True)
         for kind, n in sizes.items():
             latent = vae.latent_shape(1 if kind == "images" else cfg.frames, *cfg.size)
-            shapes = dict(latents=latent, text_emb=(cfg.text_length, cfg.text_dim), text_mask=(cfg.text_length,), done=())
+            shapes = dict(latents=latent, text_emb=(cfg.text_length, cfg.text_dim), text_mask=(cfg.text_length,),
+                          done=())
             for name, shape in shapes.items():
                 np.lib.format.open_memmap(folder / f"{kind}.{name}.npy", "w+", np.float16, (n, *shape))
         note.write_text(json.dumps(about))
@@ -327,7 +329,7 @@ def load_dit(path, stage=None, device="cpu"):
 
 @torch.no_grad()
 def generate(model, vae, text, shape, times, guidance_scale, seed=0):
-    """text = (text_emb, text_mask) -> video (B, 3, F, H, W) in [-1, 1] on the CPU. Clip i's noise is that of seed + i."""
+    """text = (text_emb, text_mask) -> video (B, 3, F, H, W) in [-1, 1] on the CPU. Clip i starts from noise seed + i."""
     device, video = model.proj_in.weight.device, []
     for i in range(0, len(text[0]), 32):
         emb, mask = (y[i:i + 32].to(device) for y in text)

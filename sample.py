@@ -126,17 +126,15 @@ def bench_table(cfg, model, vae, text, frames, size, recipe):
     generate(model, vae, null, shape, *recipe)
     figures = dict(parameters=sum(p.numel() for p in model.parameters()), **bench(model, vae, null, frames, size),
                    generation_fps=frames / (time.perf_counter() - began))
-    rows = {}
     for ratio in sorted(RATIOS, key=lambda r: -math.prod(int(n) for n in r.split("x"))):  # the peak of memory only rises
         variant = VAE(replace(vae.cfg, ratio=ratio)).eval().to(device)
         dit = DiT(model.cfg, model.fps, variant.compression).eval().to(device)
         try:
-            rows[ratio] = bench(dit, variant, null, frames, size)
+            row = bench(dit, variant, null, frames, size)
         except Abort as error:
             print0(f"{ratio}: {error}")
-    print0(f"{'ratio':10}", *(f"{k:>10}" for k in figures if k in rows["8x32x32"]))
-    for ratio, row in rows.items():
-        print0(f"{ratio:10}", *(f"{v:10.4g}" for v in row.values()))
+            continue
+        print0(f"{ratio:10}", *(f"{k} {v:<10.4g}" for k, v in row.items()))
     return figures
 
 

@@ -16,7 +16,6 @@ import struct
 import sys
 import time
 import zlib
-from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -85,7 +84,7 @@ def setup(seed):
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + rank)  # DistributedDataParallel gives every rank the first one's weights
     return device, rank, world
 
 
@@ -107,8 +106,8 @@ def learning_rate(step, steps, warmup=20, decay=.5):
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, for matrices and convolution kernels [Jordan et al. 2024].
 
-    # Ours: on the toy it learns several times faster than AdamW. torch.optim.Muon takes neither convolutions nor
-    # float32, which a CPU needs; here Newton-Schulz runs on the small Gram matrix, with the Polar Express coefficients.
+    Ours: on the toy it learns several times faster than AdamW. torch.optim.Muon takes neither convolutions nor
+    float32, which a CPU needs; here Newton-Schulz runs on the small Gram matrix, with the Polar Express coefficients.
     """
     COEFFICIENTS = (8.2872, -23.5959, 17.3004), (4.1071, -2.9478, .5448), (3.9487, -2.9089, .5518)
 
@@ -118,40 +117,34 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            alike = defaultdict(list)  # matrices of one shape are made orthogonal together
             for p in group["params"]:
                 if p.grad is not None:
                     average = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     average.lerp_(p.grad, 1 - group["momentum"])
-                    update = p.grad.lerp(average, group["momentum"]).flatten(1)
-                    alike[update.shape].append((p, update))
-            for (rows, columns), pairs in alike.items():
-                params, updates = zip(*pairs)
-                for p, update in zip(params, self.orthogonal(torch.stack(updates))):
-                    p.add_(update.reshape(p.shape), alpha=-group["lr"] * max(1, rows / columns) ** .5)
+                    update = self.orthogonal(p.grad.lerp(average, group["momentum"]).flatten(1)).reshape(p.shape)
+                    p.add_(update, alpha=-group["lr"] * max(1, len(p) / p[0].numel()) ** .5)
 
     def orthogonal(self, x):
-        """About U V^T of the singular value decomposition U S V^T of each of the matrices x (k, m, n)."""
-        if x.shape[1] > x.shape[2]:
-            return self.orthogonal(x.mT).mT
-        x = x / (1.01 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-        gram = x @ x.mT
+        """About U V^T of the singular value decomposition U S V^T of x (m, n)."""
+        if x.shape[0] > x.shape[1]:
+            return self.orthogonal(x.T).T
+        x = x / (1.01 * x.norm() + 1e-7)
+        gram = x @ x.T
         for i, (a, b, c) in enumerate(self.COEFFICIENTS):
-            factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-            factor.diagonal(dim1=1, dim2=2).add_(a)
+            factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+            factor.diagonal().add_(a)
             gram = factor @ gram @ factor if i < len(self.COEFFICIENTS) - 1 else None
             product = factor @ product if i else factor
         return product @ x
 
 
 def make_optimizers(model, lr, muon_lr):
-    """AdamW for everything; with muon_lr, Muon for inner matrices and kernels (those not first or last in the model)."""
-    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    """AdamW for everything; with muon_lr, Muon for the matrices and kernels of the parts named in model.inner."""
+    params = dict(model.named_parameters())
     inner = {n for n, p in params.items() if muon_lr and p.ndim > 1 and n.split(".")[0] in model.inner}
     adamw = torch.optim.AdamW([p for n, p in params.items() if n not in inner], lr, betas=(.9, .999), weight_decay=0,
                               fused=True)
     return [adamw] + ([Muon([p for n, p in params.items() if n in inner], muon_lr)] if inner else [])
-
 
 
 def update(loss, optimizers, step, cfg, path):
@@ -265,7 +258,8 @@ def write_png(path, video, fps=8):
     for i, frame in enumerate(frames):
         above = np.diff(frame, axis=0, prepend=np.zeros((1, width, 3), np.uint8)).reshape(height, -1)
         rows = np.pad(above, ((0, 0), (1, 0)), constant_values=2)  # PNG's filter 2: differences to the row above
-        control = chunk(b"fcTL", max(0, 2 * i - 1), width, height, 0, 0, struct.pack(">HHBB", 100, round(100 * fps), 0, 0))
+        delay = struct.pack(">HHBB", 100, round(100 * fps), 0, 0)
+        control = chunk(b"fcTL", max(0, 2 * i - 1), width, height, 0, 0, delay)
         pixels = zlib.compress(rows.tobytes(), 6)
         data += [control] * (count > 1) + [chunk(b"fdAT", 2 * i, pixels) if i else chunk(b"IDAT", pixels)]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -290,7 +284,8 @@ HELD_OUT = (COMBINATIONS @ torch.tensor([1, 3, 7, 2])) % 10 == 0  # 96 of them, 
 
 def caption(attributes):
     """Words of one clip's 4 attributes; -1 leaves one out."""
-    colour, shape, motion, background = (names[i] if i >= 0 else "" for names, i in zip(ATTRIBUTES.values(), attributes))
+    words = (names[i] if i >= 0 else "" for names, i in zip(ATTRIBUTES.values(), attributes))
+    colour, shape, motion, background = words
     words = ["a", colour, shape or "thing", motion, background and f"on a {background} background"]
     return " ".join(filter(None, words))
 
@@ -347,7 +342,7 @@ def render(attributes, seed=0, index=0, frames=17, size=(128, 128), window=(slic
 AREAS = torch.tensor([np.pi, 1.8 ** 2, 27 ** .5 * .62 ** 2, .72 * (4.2 - .72)]).float()      # of SHAPES at radius 1
 PERIMETERS = torch.tensor([2 * np.pi, 4 * 1.8, 108 ** .5 * .62, 4 * 2.1]).float()
 MIN_IOU = torch.tensor([.9, .87, .8, .8])     # with the shape's outline; a circle's is the one that blobs come close to
-MIN_LEAD, MAX_EDGE = .03, .055           # IoU ahead of the second shape; width of the outline's soft edge, in frames
+MIN_LEAD, MAX_EDGE = .03, .05           # IoU ahead of the second shape; width of the outline's soft edge, in frames
 REACH = torch.tensor([[.25, .65], [.2, .5], [.12, .26]])     # shortest and longest straight move, bounce and orbit
 
 
@@ -504,7 +499,8 @@ class VideoFolder:
         except ImportError:
             raise Abort("reading videos needs PyAV: pip install av") from None
         videos = [f for f in self.files if f.suffix.lower() in VIDEOS]
-        self.items = list(itertools.product(range(self.STARTS), videos)) + [(0, f) for f in self.files if f not in videos]
+        images = [f for f in self.files if f.suffix.lower() in IMAGES]
+        self.items = [*itertools.product(range(self.STARTS), videos), *itertools.product([0], images)]
         n = self.STARTS * len(videos)
         self.kinds = {"clips": range(n), "images": range(n, len(self.items))}
         self.kinds = {kind: indices for kind, indices in self.kinds.items() if indices}
@@ -518,7 +514,7 @@ class VideoFolder:
         return " ".join(self.items[i][1].with_suffix(".txt").read_text().lower().split())
 
     def read(self, path, start):
-        """Decode the clip at one of the starts -> (3, F, H, W) in [-1, 1], nearest frames in time, cropped in the middle to the size."""
+        """Decode the clip at a start -> (3, F, H, W) in [-1, 1]: the frames nearest in time, cropped in the middle."""
         import av
         cfg, still = self.cfg, path.suffix.lower() in IMAGES
         count = 1 if still else cfg.frames
@@ -534,10 +530,10 @@ class VideoFolder:
                     raise Abort(f"{path} lasts {seconds:.2f} s, a clip of {count} frames at {cfg.fps:g} per second "
                                 f"{count / cfg.fps:.2f} s: remove it, or lower --frames or raise --fps")
                 wanted = wanted + room * start / (self.STARTS - 1)
-                frames, late = [], (stream.start_time or 0) * (stream.time_base or 0)
+                frames, late = [], float((stream.start_time or 0) * (stream.time_base or 0))
                 container.seek(0 if still else int(wanted[0] / stream.time_base), stream=stream)
                 for frame in container.decode(stream):
-                    while len(frames) < count and (still or frame.time - float(late) >= wanted[len(frames)] - .5 * shortest):
+                    while len(frames) < count and (still or frame.time - late >= wanted[len(frames)] - shortest / 2):
                         frames.append(frame.to_ndarray(format="rgb24"))
                     if len(frames) == count:
                         break
@@ -592,7 +588,8 @@ def layout(cfg):
     halve_t, halve_s = int(math.log2(time)), int(math.log2(space // patch))
     stages = max(halve_t, halve_s)
     strides = [tuple(2 if i >= stages - n else 1 for n in (halve_t, halve_s, halve_s)) for i in range(stages)]
-    return patch, strides, [sizes[:stages] + sizes[-1:] for sizes in (cfg.widths, cfg.encoder_blocks, cfg.decoder_blocks)]
+    sizes = cfg.widths, cfg.encoder_blocks, cfg.decoder_blocks
+    return patch, strides, [per_stage[:stages] + per_stage[-1:] for per_stage in sizes]
 
 
 def pixel_norm(x):
@@ -630,7 +627,7 @@ class ResBlock(nn.Module):
 
 
 class Down(nn.Module):
-    """Halve some of t, h and w: a strided convolution, and light: a shortcut that averages groups of folded channels."""
+    """Halve some of t, h and w: a strided convolution; light: plus a shortcut, space to depth and averages of it."""
 
     def __init__(self, c_in, c_out, stride, light):
         super().__init__()
@@ -714,7 +711,7 @@ class VAE(nn.Module):
         return rearrange(patches, "b (c q p) f h w -> b c f (h p) (w q)", p=self.patch, q=self.patch)
 
     def posterior(self, patches):
-        """Patches of a video -> mean (B, C, f, h, w) and log-variance (B, 1, f, h, w) of its latents, not normalised."""
+        """Patches of a video -> its latents' mean (B, C, f, h, w), log-variance (B, 1, f, h, w), not normalised."""
         x = self.encoder_out(F.silu(pixel_norm(self.encoder(self.encoder_in(patches)))))
         return x[:, :-1], x[:, -1:].clamp(-30, 20)
 
@@ -737,7 +734,8 @@ class VAE(nn.Module):
         """Set mean and std from the posteriors' means of `count` clips, drawn from all of them evenly."""
         indices = next(iter(clips.kinds.values()))
         indices = indices[::max(1, len(indices) // count)][:count]
-        z = torch.stack([self.posterior(self.to_patches(clips.video(i)[None].to(self.mean.device)))[0][0] for i in indices], 1)
+        videos = (clips.video(i)[None].to(self.mean.device) for i in indices)
+        z = torch.stack([self.posterior(self.to_patches(video))[0][0] for video in videos], 1)
         self.std, self.mean = (y.view(1, -1, 1, 1, 1) for y in torch.std_mean(z.flatten(1), 1))
 
 
