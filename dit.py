@@ -95,7 +95,7 @@ class Attention(nn.Module):
         self.register_buffer("head_ids", torch.arange(num_heads))
 
     def forward(self, x, context=None, bias=None, rope=None):
-        """x (B, N, D); context (B, L, D), None for x itself; bias (B, 1, 1, L); rope two of (N, heads, head_dim // 2)."""
+        """x (B, N, D), context (B, L, D) or None for x itself, bias (B, 1, 1, L), rope: two (N, heads, head_dim // 2)."""
         context = x if context is None else context
         q = rms_norm(self.to_q(x), self.norm_q, 1e-5)                                            # (B, N, inner)
         k = rms_norm(self.to_k(context), self.norm_k, 1e-5)                                      # (B, L, inner)
@@ -322,14 +322,15 @@ def load_dit(path, stage=None, device="cpu"):
     if "words" not in checkpoint:
         raise Abort(f"{path} was made by {checkpoint['stage']}.py and is no generator")
     about = SimpleNamespace(**checkpoint["config"], words=checkpoint["words"], vae=checkpoint["vae"])
-    model = DiT(DiTConfig(**{f: checkpoint["config"][f] for f in DiTConfig.__dataclass_fields__}), about.fps)
+    model = DiT(DiTConfig(**{f: checkpoint["config"][f] for f in DiTConfig.__dataclass_fields__}), about.fps,
+                checkpoint["compression"])
     model.load_state_dict(checkpoint["ema"])
     return model.eval().requires_grad_(False).to(device), about
 
 
 @torch.no_grad()
 def generate(model, vae, text, shape, times, guidance_scale, seed=0):
-    """text = (text_emb, text_mask) -> video (B, 3, F, H, W) in [-1, 1] on the CPU. Clip i starts from noise seed + i."""
+    """text = (text_emb, text_mask) -> video (B, 3, F, H, W) in [-1, 1] on the CPU. Clip i's noise has seed + i."""
     device, video = model.proj_in.weight.device, []
     for i in range(0, len(text[0]), 32):
         emb, mask = (y[i:i + 32].to(device) for y in text)
@@ -354,15 +355,14 @@ def main(cfg):
     began, (device, rank, world) = time.time(), setup(cfg.seed)
     path, encode_text = Path(cfg.out) / "dit.pt", WordEncoder(cfg.text_dim, cfg.text_length)
     with torch.device("meta" if cfg.dry_run else device):
-        model = DiT(cfg, cfg.fps)
+        vae = VAE(VAEConfig()) if cfg.dry_run else load_vae(cfg.out, device)
+        model = DiT(cfg, cfg.fps, vae.compression)
+    shape = vae.latent_shape(cfg.frames, *cfg.size)
     if cfg.dry_run:
-        shape = VAE(VAEConfig()).latent_shape(cfg.frames, *cfg.size)
         clip = torch.empty(cfg.batch_size, *shape, device="meta")
         t, text = clip[:, 0, 0, 0, 0], clip.new_empty(cfg.batch_size, cfg.text_length, cfg.text_dim)
         return dry_run("DIT", model, lambda: flow_matching_loss(model, clip, clip, t, text, text[..., 0]),
                        lambda: model(clip[:1], t[:1], text[:1], text[:1, :, 0]))
-    vae = load_vae(cfg.out, device)
-    shape = vae.latent_shape(cfg.frames, *cfg.size)
     print0(f"dit: depth {cfg.depth}, width {cfg.width}, {cfg.num_heads} heads of {cfg.head_dim}, FFN {cfg.ffn_dim}: "
            f"{sum(p.numel() for p in model.parameters()):,} parameters; latents {shape}; {world} x {device.type}")
     cache = list(encode_clips(cfg, vae, encode_text, rank, world, device).values())
@@ -371,11 +371,15 @@ def main(cfg):
     ema, optimizers = copy.deepcopy(model).requires_grad_(False), make_optimizers(model, cfg.lr, cfg.muon_lr)
     start = resume(path, cfg, {"model": model, "ema": ema}, optimizers) if cfg.resume else 0
 
+    def draw(captions):
+        times = euler_times(cfg.num_steps, cfg.shift)
+        return generate(ema, vae, encode_text(captions), shape, times, cfg.guidance_scale)
+
     def checkpoint(step):
         save(path, stage="dit", step=step, config=asdict(cfg), model=model.state_dict(), ema=ema.state_dict(),
              optimizer=[optimizer.state_dict() for optimizer in optimizers], rng=torch.get_rng_state(),
-             vae=fingerprint(vae), words=words(cfg))
-        video = generate(ema, vae, encode_text(captions), shape, euler_times(cfg.num_steps, cfg.shift), cfg.guidance_scale)
+             vae=fingerprint(vae), compression=vae.compression, words=words(cfg))
+        video = draw(captions)
         write_png(path.with_suffix(".png"), rearrange(video, "(r k) c f h w -> c f (r h) (k w)", r=2), cfg.fps)
 
     trained, losses = parallel(model, world), []
@@ -398,9 +402,10 @@ def main(cfg):
     figures = dict(loss=float(np.mean(losses)), loss_of_zero=2.)  # noise and normalised latents have variance 1
     if cfg.score_clips and cfg.data == "synthetic" and rank == 0:
         (unseen, said), clips = test_captions(cfg, "full", cfg.score_clips), open_clips(cfg, "full")
-        video = generate(ema, vae, encode_text(unseen), shape, euler_times(cfg.num_steps, cfg.shift), cfg.guidance_scale)
-        again = torch.cat([vae.decode(vae.encode(clips.video(i)[None].to(device)).cpu()) for i in range(cfg.score_clips)])
-        figures |= dict(semantic=score(video, said)["semantic"], semantic_reconstructed=score(again, said)["semantic"])
+        true = (clips.video(i)[None].to(device) for i in range(cfg.score_clips))
+        again = torch.cat([vae.decode(vae.encode(video)).cpu() for video in true])
+        figures |= dict(semantic=score(draw(unseen), said)["semantic"],
+                        semantic_reconstructed=score(again, said)["semantic"])
     print0(f"{path.with_suffix('.png')} shows:", *captions, sep="\n  ")
     return summary("DIT", figures, began, "python sample.py --score 192, then python prune.py")
 

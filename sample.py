@@ -71,8 +71,8 @@ def score_table(cfg, model, vae, text, shape, recipe, trained):
         true = torch.stack([clips.video(i) for i in range(cfg.score)])
         with torch.no_grad():
             again = torch.cat([vae.decode(vae.encode(v)).clamp(-1, 1) for v in true.split(8)])
-        rows = {"generated": generate(model, vae, text(captions), shape, *recipe, seed=cfg.seed), "reconstructed": again,
-                "true": true, "noise": torch.rand_like(true[:16]) * 2 - 1}
+        generated = generate(model, vae, text(captions), shape, *recipe, seed=cfg.seed)
+        rows = dict(generated=generated, reconstructed=again, true=true, noise=torch.rand_like(true[:16]) * 2 - 1)
         for name, video in rows.items():
             row = score(video, said[:len(video)])
             if first:
@@ -126,7 +126,7 @@ def bench_table(cfg, model, vae, text, frames, size, recipe):
     generate(model, vae, null, shape, *recipe)
     figures = dict(parameters=sum(p.numel() for p in model.parameters()), **bench(model, vae, null, frames, size),
                    generation_fps=frames / (time.perf_counter() - began))
-    for ratio in sorted(RATIOS, key=lambda r: -math.prod(int(n) for n in r.split("x"))):  # the peak of memory only rises
+    for ratio in sorted(RATIOS, key=lambda r: -math.prod(RATIOS[r])):  # so that each has a higher peak of memory
         variant = VAE(replace(vae.cfg, ratio=ratio)).eval().to(device)
         dit = DiT(model.cfg, model.fps, variant.compression).eval().to(device)
         try:
@@ -158,7 +158,7 @@ def main(cfg):
         return summary("SAMPLE", score_table(cfg, model, vae, text, shape, recipe, trained), began)
     if cfg.bench:
         return summary("SAMPLE", bench_table(cfg, model, vae, text, frames, size, recipe), began)
-    prompts = [cfg.prompt] if cfg.prompt else test_captions(trained, "full", 12)[0]
+    prompts = [cfg.prompt] if cfg.prompt else test_captions(trained, "full", 8)[0]
     if cfg.prompts:
         prompts = [line for line in Path(cfg.prompts).read_text().splitlines() if line.strip()]
     if not prompts:
@@ -168,7 +168,8 @@ def main(cfg):
         raise Abort(f"the checkpoint never saw: {' '.join(unknown)}. It knows: {' '.join(trained.words)}")
     videos = generate(model, vae, text(prompts), shape, *recipe, seed=cfg.seed)
     if not cfg.prompts:
-        paths, videos = [f"sample.{cfg.format}"], [rearrange(videos, "(r k) c f h w -> c f (r h) (k w)", k=min(4, len(videos)))]
+        columns = min(4, len(videos))
+        paths, videos = [f"sample.{cfg.format}"], [rearrange(videos, "(r k) c f h w -> c f (r h) (k w)", k=columns)]
     else:
         paths = [f"{i:04d}.{cfg.format}" for i in range(len(videos))]
     for name, video in zip(paths, videos):

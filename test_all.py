@@ -678,7 +678,7 @@ def test_sample_writes_what_is_asked_for(folder):
     assert films[0].shape == (9, 32, 32, 3) and films[0].dtype == np.uint8 and not np.array_equal(*films)
     for name, film in {"0000.png": films[0], "0001.png": films[1], "sample.png": films[0]}.items():
         assert np.abs(read_png(folder / name)[0] - film.astype(int)).max() <= 1, name  # another batch rounds otherwise
-    assert np.load(folder / "sample.npy").shape == (9, 3 * 32, 4 * 32, 3)
+    assert np.load(folder / "sample.npy").shape == (9, 2 * 32, 4 * 32, 3)
 
 
 def test_sample_scores_beside_baselines():
