@@ -95,7 +95,7 @@ class Attention(nn.Module):
         self.register_buffer("head_ids", torch.arange(num_heads))
 
     def forward(self, x, context=None, bias=None, rope=None):
-        """x (B, N, D), context (B, L, D) or None for x itself, bias (B, 1, 1, L), rope: two (N, heads, head_dim // 2)."""
+        """x (B, N, D), context (B, L, D) or None for x itself, bias (B, 1, 1, L), rope two of (N, heads, ...)."""
         context = x if context is None else context
         q = rms_norm(self.to_q(x), self.norm_q, 1e-5)                                            # (B, N, inner)
         k = rms_norm(self.to_k(context), self.norm_k, 1e-5)                                      # (B, L, inner)
@@ -292,7 +292,7 @@ def encode_clips(cfg, vae, encode_text, rank, world, device):
 class Config(DiTConfig, DataConfig):
     num_clips: int = flag(4000, "clips that are encoded and trained on, at most")
     text_length: int = flag(12, "words of a caption, the rest is cut off")
-    steps: int = flag(1400, "training steps")
+    steps: int = flag(1500, "training steps")
     batch_size: int = flag(24, "clips per process and step")
     lr: float = flag(3e-3, "AdamW's learning rate")
     muon_lr: float = flag(.02, "Muon's, for the blocks' matrices; 0: AdamW trains them too")
@@ -304,7 +304,7 @@ class Config(DiTConfig, DataConfig):
     guidance_scale: float = flag(3., "classifier-free guidance of the 40-step recipe")
     shift: float = flag(2., "above 1, more of the sampling steps go near noise")
     score_clips: int = flag(48, "unseen captions whose samples are scored at the end; 0 for none")
-    save_every: int = flag(400, "steps between checkpoints, and between contact sheets out/dit.png")
+    save_every: int = flag(500, "steps between checkpoints, and between contact sheets out/dit.png")
     log_every: int = flag(100, "steps between printed lines")
     resume: bool = flag(False, "continue an interrupted run from its last checkpoint")
     dry_run: bool = flag(False, "print parameters, FLOPs and memory, and stop")

@@ -742,7 +742,7 @@ class VAE(nn.Module):
 # ------------------------------------------------------------------------------------------------ training
 @dataclass
 class Config(VAEConfig):
-    steps: int = flag(1600, "training steps")
+    steps: int = flag(1900, "training steps")
     batch_size: int = flag(2, "clips per process and step")
     crop: tuple = flag((9, 64, 64), "frames, height and width of the crops that training starts on")
     crop_share: float = flag(.75, "Ours: share of the steps that are on crops, which show more objects in less time")
