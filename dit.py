@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,8 +22,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from vae import (VAE, Abort, DataConfig, VAEConfig, barrier, caption, dry_run, flag, launch, load, make_optimizers,
-                 open_clips, parallel, print0, progress, resume, save, score, setup, summary, update, words, write_png)
+from vae import (VAE, Abort, DataConfig, Stage, VAEConfig, barrier, caption, dry_run, flag, launch, load,
+                 make_optimizers, open_clips, parallel, print0, progress, resume, save, score, setup, summary, update,
+                 words, write_png)
 
 # ------------------------------------------------------------------------------------------------ the model
 # LTX-Video's transformer [9], module for module. It is exported to Core ML, so shapes inside are static ints.
@@ -147,21 +148,29 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         self.proj_out = nn.Linear(cfg.width, cfg.in_channels)
 
-    def forward(self, latents, t, text_emb, text_mask):
-        """latents (B, C, f, h, w), t (B,) in [0, 1], text_emb (B, L, E), text_mask (B, L) -> velocity like latents."""
-        shape, cfg = latents.shape, self.cfg
+    def embed(self, latents, t, text_emb, text_mask):
+        """Inputs as in forward -> tokens (B, N, D), the embedded t (B, D), and what every block takes beside tokens."""
         x = self.proj_in(latents.flatten(2).transpose(1, 2))                                     # (B, N, D)
         embedded = self.time_mlp(timestep_embedding(t).to(x.dtype))                              # (B, D)
-        modulation = self.modulation(embedded).unflatten(-1, (6, cfg.width))                     # (B, 6, D)
+        modulation = self.modulation(embedded).unflatten(-1, (6, self.cfg.width))                # (B, 6, D)
         text = self.text_mlp(text_emb)                                                           # (B, L, D)
         bias = (text_mask.to(x.dtype)[:, None, None] - 1) * 1e4                                  # (B, 1, 1, L)
-        rope = [table.to(x.dtype).unflatten(1, (-1, cfg.head_dim // 2))
-                for table in rope_tables(shape[2:], cfg.width, self.fps, self.compression, x.device)]
-        for block in self.blocks:
-            x = block(x, modulation, text, bias, rope)
-        x = rms_norm(x) if cfg.final_norm == "rms" else F.layer_norm(x, (cfg.width,), eps=1e-6)
+        rope = [table.to(x.dtype).unflatten(1, (-1, self.cfg.head_dim // 2)) for table in
+                rope_tables(latents.shape[2:], self.cfg.width, self.fps, self.compression, x.device)]
+        return x, embedded, (modulation, text, bias, rope)
+
+    def unembed(self, x, embedded, latent_shape):
+        """Tokens after the last block (B, N, D), the embedded t (B, D), (f, h, w) -> velocity (B, C, f, h, w)."""
+        x = rms_norm(x) if self.cfg.final_norm == "rms" else F.layer_norm(x, (self.cfg.width,), eps=1e-6)
         shift, scale = (self.table + embedded[:, None]).unsqueeze(2).unbind(1)
-        return self.proj_out(modulate(x, shift, scale)).transpose(1, 2).unflatten(2, shape[2:])
+        return self.proj_out(modulate(x, shift, scale)).transpose(1, 2).unflatten(2, latent_shape)
+
+    def forward(self, latents, t, text_emb, text_mask):
+        """latents (B, C, f, h, w), t (B,) in [0, 1], text_emb (B, L, E), text_mask (B, L) -> velocity like latents."""
+        x, embedded, conditions = self.embed(latents, t, text_emb, text_mask)
+        for block in self.blocks:
+            x = block(x, *conditions)
+        return self.unembed(x, embedded, latents.shape[2:])
 
 
 # ------------------------------------------------------------------------------------------------ text
@@ -254,11 +263,12 @@ def load_vae(folder, device="cpu", name=None):
 def encode_clips(cfg, vae, encode_text, rank, world, device):
     """Encode every clip once into memory-mapped arrays under out/latents; what an earlier run encoded is kept.
 
+    cfg: a GeneratorConfig, or what load_dit says of a generator.
     Returns for each kind of clip the arrays latents (n, C, f, h, w), text_emb (n, L, E) and text_mask (n, L).
     """
     folder, clips, note = Path(cfg.out) / "latents", open_clips(cfg), Path(cfg.out) / "latents" / "about.json"
     about = dict(vae=fingerprint(vae), data=cfg.data, frames=cfg.frames, size=list(cfg.size), fps=cfg.fps,
-                 seed=cfg.seed,  clips=cfg.num_clips, text=[cfg.text_dim, cfg.text_length])
+                 seed=cfg.seed, clips=cfg.num_clips, text=[cfg.text_dim, cfg.text_length])
     sizes = {kind: min(len(indices), cfg.num_clips) for kind, indices in clips.kinds.items()}
     if rank == 0 and not (note.exists() and json.loads(note.read_text()) == about):
         folder.mkdir(parents=True, exist_ok=True)
@@ -275,23 +285,48 @@ def encode_clips(cfg, vae, encode_text, rank, world, device):
     for kind, n in sizes.items():
         *cache[kind], done = (np.load(folder / f"{kind}.{name}.npy", mmap_mode="r+")
                               for name in ("latents", "text_emb", "text_mask", "done"))
-        todo = np.flatnonzero(np.asarray(done) == 0)[rank::world].tolist()
-        for i, j in zip(todo, progress(0, len(todo))):
+        todo = np.flatnonzero(np.asarray(done) == 0)
+        for i, _ in zip(todo[rank::world].tolist(), progress(0, len(todo) // world + 1)):
             clip = clips.kinds[kind][i]
             emb, mask = encode_text([clips.caption(clip)])
             for array, value in zip(cache[kind], (vae.encode(clips.video(clip)[None].to(device)), emb, mask)):
                 array[i] = value[0].cpu().numpy()
             done[i] = 1
-        print0(f"{folder}: encoded {len(todo)} of {n} {kind}, the others were there")
+        print0(f"{folder}: {n} {kind}, {n - len(todo)} of them encoded before")
     barrier(world)
-    return cache
+    return list(cache.values())
+
+
+def draw_batch(cache, batch_size, key, device):
+    """x0 (B, C, f, h, w), text_emb (B, L, E) and text_mask (B, L), the same for the same key (seed, step, rank).
+
+    Videos and images do not share a batch.
+    """
+    rng, sizes = np.random.default_rng(key), [len(latents) for latents, _, _ in cache]
+    arrays = cache[rng.choice(len(cache), p=np.divide(sizes, sum(sizes)))]
+    rows = rng.integers(len(arrays[0]), size=batch_size)
+    return [torch.from_numpy(array[rows]).float().to(device) for array in arrays]
+
+
+def drop_captions(text_emb, text_mask, share):
+    """Empty that share of the captions, so that the model learns what guidance goes beyond."""
+    told = (torch.rand(len(text_emb), 1, device=text_emb.device) >= share).float()
+    return text_emb * told[..., None], text_mask * told
 
 
 # ------------------------------------------------------------------------------------------------ training
 @dataclass
-class Config(DiTConfig, DataConfig):
+class GeneratorConfig(DiTConfig, DataConfig):
+    """What a generator is and makes; it travels with the checkpoints of every stage from here on."""
     num_clips: int = flag(4000, "clips that are encoded and trained on, at most")
     text_length: int = flag(12, "words of a caption, the rest is cut off")
+    num_steps: int = flag(40, "denoising steps of a sample")
+    guidance_scale: float = flag(3., "classifier-free guidance of the 40-step recipe")
+    shift: float = flag(2., "above 1, more of the sampling steps go near noise")
+
+
+@dataclass
+class Config(GeneratorConfig):
     steps: int = flag(1500, "training steps")
     batch_size: int = flag(24, "clips per process and step")
     lr: float = flag(3e-3, "AdamW's learning rate")
@@ -300,9 +335,6 @@ class Config(DiTConfig, DataConfig):
     timestep_std: float = flag(1., "and this standard deviation")
     caption_dropout: float = flag(.1, "share of clips that train without caption, for guidance")
     ema: float = flag(.98, "rate of the weights' moving average, which is what later stages use")
-    num_steps: int = flag(40, "denoising steps of a sample")
-    guidance_scale: float = flag(3., "classifier-free guidance of the 40-step recipe")
-    shift: float = flag(2., "above 1, more of the sampling steps go near noise")
     score_clips: int = flag(48, "unseen captions whose samples are scored at the end; 0 for none")
     save_every: int = flag(500, "steps between checkpoints, and between contact sheets out/dit.png")
     log_every: int = flag(100, "steps between printed lines")
@@ -316,14 +348,31 @@ PRESETS = {"toy": {}, "paper": dict(  # Sec. 5: the server model, 2.0B
     shift=8., save_every=1000)}
 
 
-def load_dit(path, stage=None, device="cpu"):
-    """The averaged model of dit.py's checkpoint or a later stage's, and what else the checkpoint says, by name."""
+def save_dit(path, step, cfg, about, model, ema, optimizers):
+    """Write a generator's checkpoint; about: a GeneratorConfig's values by name, and its VAE, compression and words."""
+    save(path, stage=Path(path).stem, step=step, config=asdict(cfg), model=model.state_dict(), ema=ema.state_dict(),
+         generator={k: v for k, v in vars(about).items() if k != "out"}, rng=torch.get_rng_state(),
+         optimizer=[optimizer.state_dict() for optimizer in optimizers])
+
+
+def build(about):
+    """The generator, untrained, that `about` describes."""
+    return DiT(DiTConfig(**{f.name: getattr(about, f.name) for f in fields(DiTConfig)}), about.fps, about.compression)
+
+
+@dataclass
+class LaterStage(Stage):
+    data: str = flag("", "synthetic, or a folder as vae.py takes; not given: what the generator was trained on")
+
+
+def load_dit(path, stage=None, device="cpu", data=""):
+    """The averaged model of dit.py's checkpoint or a later stage's, and what it is and makes, by name."""
     checkpoint = load(path, stage)
-    if "words" not in checkpoint:
+    if "generator" not in checkpoint:
         raise Abort(f"{path} was made by {checkpoint['stage']}.py and is no generator")
-    about = SimpleNamespace(**checkpoint["config"], words=checkpoint["words"], vae=checkpoint["vae"])
-    model = DiT(DiTConfig(**{f: checkpoint["config"][f] for f in DiTConfig.__dataclass_fields__}), about.fps,
-                checkpoint["compression"])
+    about = SimpleNamespace(**checkpoint["generator"] | {"out": str(Path(path).parent)})
+    about.data = data or about.data
+    model = build(about)
     model.load_state_dict(checkpoint["ema"])
     return model.eval().requires_grad_(False).to(device), about
 
@@ -341,6 +390,11 @@ def generate(model, vae, text, shape, times, guidance_scale, seed=0):
     return torch.stack(video)
 
 
+def recipe(about):
+    """Times and guidance scale that a generator samples with, unless told otherwise."""
+    return euler_times(about.num_steps, about.shift), about.guidance_scale
+
+
 def test_captions(cfg, split, count):
     """Captions that no clip was trained on and the attributes (n, 4) that they say; of a folder, its own and None."""
     clips = open_clips(cfg, split)
@@ -348,6 +402,28 @@ def test_captions(cfg, split, count):
         return [clips.caption(i % len(clips.items)) for i in range(count)], None
     said = torch.stack([clips.attributes(i)[1] for i in range(count)])
     return [caption(a) for a in said.tolist()], said
+
+
+def score_samples(model, vae, about, split, count, times, guidance_scale):
+    """vae.score of samples for `count` captions of a test set of the synthetic clips."""
+    captions, said = test_captions(about, split, count)
+    text = WordEncoder(about.text_dim, about.text_length)(captions)
+    shape = vae.latent_shape(about.frames, *about.size)
+    return score(generate(model, vae, text, shape, times, guidance_scale), said)
+
+
+def contact_sheet(path, model, vae, about):
+    """Write a film of samples for eight captions that nobody trained on. Returns the captions."""
+    captions, _ = test_captions(about, "full", 8)
+    text = WordEncoder(about.text_dim, about.text_length)(captions)
+    video = generate(model, vae, text, vae.latent_shape(about.frames, *about.size), *recipe(about))
+    write_png(path, rearrange(video, "(r k) c f h w -> c f (r h) (k w)", r=2), about.fps)
+    return captions
+
+
+def average(ema, model, rate, step):
+    """Move the averaged weights towards the model's, faster while they are young."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(rate, (1 + step) / (10 + step)))
 
 
 def main(cfg):
@@ -365,48 +441,35 @@ def main(cfg):
                        lambda: model(clip[:1], t[:1], text[:1], text[:1, :, 0]))
     print0(f"dit: depth {cfg.depth}, width {cfg.width}, {cfg.num_heads} heads of {cfg.head_dim}, FFN {cfg.ffn_dim}: "
            f"{sum(p.numel() for p in model.parameters()):,} parameters; latents {shape}; {world} x {device.type}")
-    cache = list(encode_clips(cfg, vae, encode_text, rank, world, device).values())
-    sizes = np.array([len(latents) for latents, _, _ in cache])
-    captions, _ = test_captions(cfg, "full", 8)
+    about = SimpleNamespace(**{f.name: getattr(cfg, f.name) for f in fields(GeneratorConfig)},
+                            vae=fingerprint(vae), compression=vae.compression, words=words(cfg))
+    cache = encode_clips(cfg, vae, encode_text, rank, world, device)
     ema, optimizers = copy.deepcopy(model).requires_grad_(False), make_optimizers(model, cfg.lr, cfg.muon_lr)
     start = resume(path, cfg, {"model": model, "ema": ema}, optimizers) if cfg.resume else 0
-
-    def draw(captions):
-        times = euler_times(cfg.num_steps, cfg.shift)
-        return generate(ema, vae, encode_text(captions), shape, times, cfg.guidance_scale)
-
-    def checkpoint(step):
-        save(path, stage="dit", step=step, config=asdict(cfg), model=model.state_dict(), ema=ema.state_dict(),
-             optimizer=[optimizer.state_dict() for optimizer in optimizers], rng=torch.get_rng_state(),
-             vae=fingerprint(vae), compression=vae.compression, words=words(cfg))
-        video = draw(captions)
-        write_png(path.with_suffix(".png"), rearrange(video, "(r k) c f h w -> c f (r h) (k w)", r=2), cfg.fps)
-
     trained, losses = parallel(model, world), []
     for step in progress(start, cfg.steps):
-        rng = np.random.default_rng((cfg.seed, step, rank))
-        arrays = cache[rng.choice(len(cache), p=sizes / sizes.sum())]  # videos and images do not share a batch
-        rows = rng.integers(len(arrays[0]), size=cfg.batch_size)
-        x0, emb, mask = (torch.from_numpy(array[rows]).float().to(device) for array in arrays)
-        told = (torch.rand(cfg.batch_size, 1, device=device) >= cfg.caption_dropout).float()
+        x0, text_emb, text_mask = draw_batch(cache, cfg.batch_size, (cfg.seed, step, rank), device)
+        text = drop_captions(text_emb, text_mask, cfg.caption_dropout)
         t = logit_normal(cfg.batch_size, cfg.timestep_mean, cfg.timestep_std, device)
-        loss = flow_matching_loss(trained, x0, torch.randn_like(x0), t, emb * told[..., None], mask * told)
+        loss = flow_matching_loss(trained, x0, torch.randn_like(x0), t, *text)
         update(loss, optimizers, step, cfg, path)
-        rate = min(cfg.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - rate)
+        average(ema, model, cfg.ema, step)
         losses = losses[1 - cfg.log_every:] + [loss.item()]
         if (step + 1) % cfg.log_every == 0:
             print0(f"step {step + 1}/{cfg.steps}  loss {np.mean(losses):.4f}  {(time.time() - began) / 60:.1f} min")
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
-            checkpoint(step + 1)
+            save_dit(path, step + 1, cfg, about, model, ema, optimizers)
+            captions = contact_sheet(path.with_suffix(".png"), ema, vae, about)
     figures = dict(loss=float(np.mean(losses)), loss_of_zero=2.)  # noise and normalised latents have variance 1
     if cfg.score_clips and cfg.data == "synthetic" and rank == 0:
-        (unseen, said), clips = test_captions(cfg, "full", cfg.score_clips), open_clips(cfg, "full")
-        true = (clips.video(i)[None].to(device) for i in range(cfg.score_clips))
-        again = torch.cat([vae.decode(vae.encode(video)).cpu() for video in true])
-        figures |= dict(semantic=score(draw(unseen), said)["semantic"],
+        clips = open_clips(cfg, "full")
+        true = torch.stack([clips.video(i) for i in range(cfg.score_clips)])
+        said = torch.stack([clips.attributes(i)[1] for i in range(cfg.score_clips)])
+        again = torch.cat([vae.decode(vae.encode(v.to(device))).cpu() for v in true.split(1)])
+        figures |= dict(semantic=score_samples(ema, vae, about, "full", cfg.score_clips, *recipe(about))["semantic"],
                         semantic_reconstructed=score(again, said)["semantic"])
-    print0(f"{path.with_suffix('.png')} shows:", *captions, sep="\n  ")
+    if rank == 0:
+        print0(f"{path.with_suffix('.png')} shows:", *captions, sep="\n  ")
     return summary("DIT", figures, began, "python sample.py --score 192, then python prune.py")
 
 

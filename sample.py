@@ -18,12 +18,12 @@ import torch
 from einops import rearrange
 from torch.utils.flop_counter import FlopCounterMode
 
-from dit import DiT, WordEncoder, euler_times, generate, load_dit, load_vae, test_captions
-from vae import RATIOS, VAE, Abort, Stage, flag, launch, open_clips, print0, score, setup, summary, write_png
+from dit import DiT, LaterStage, WordEncoder, euler_times, generate, load_dit, load_vae, test_captions
+from vae import RATIOS, VAE, Abort, flag, launch, open_clips, print0, score, setup, summary, write_png
 
 
 @dataclass
-class Config(Stage):
+class Config(LaterStage):
     checkpoint: str = flag("", "a generator; its folder has vae.pt too. Without it, the latest stage found in --out")
     prompt: str = flag("", "caption of one video, written to out/sample.FORMAT")
     prompts: str = flag("", "file of captions, one a line, whose videos are written to out/0000.FORMAT and on")
@@ -145,7 +145,7 @@ def main(cfg):
         raise Abort(f"--format {cfg.format}: choose from png, npy, mp4")
     stages = [Path(cfg.out) / f"{s}.pt" for s in ("distilled", "pruned", "dit")]
     path = Path(cfg.checkpoint or next((p for p in stages if p.exists()), stages[-1]))
-    model, trained = load_dit(path, device=device)
+    model, trained = load_dit(path, device=device, data=cfg.data)
     vae = load_vae(path.parent, device, trained.vae)
     frames, size = cfg.frames or trained.frames, cfg.size or trained.size
     shape = vae.latent_shape(frames, *size)

@@ -620,7 +620,7 @@ def test_latent_cache(folder):
         """The cache as tensors, and how many clips were encoded for it."""
         counted = Mock(wraps=encode_text)
         cache = dit.encode_clips(replace(TINY_DIT, out=str(folder / name), **changes), model, counted, 0, 1, "cpu")
-        return [torch.from_numpy(array[:]).float() for array in cache["clips"]], counted.call_count
+        return [torch.from_numpy(array[:]).float() for array in cache[0]], counted.call_count
 
     whole, count = encode("a")
     for i in range(12):
@@ -686,6 +686,15 @@ def test_sample_scores_beside_baselines():
     for split in ("full", "open"):
         assert figures[f"{split}_semantic_noise"] == 0 and figures[f"{split}_total_noise"] < .1, figures
         assert figures[f"{split}_semantic_true"] > .7 and figures[f"{split}_total_true"] > .7, figures
+
+
+# ------------------------------------------------------------------------------------------------ prune.py
+
+
+# ------------------------------------------------------------------------------------------------ distill.py
+
+
+# ------------------------------------------------------------------------------------------------ export_ios.py
 
 
 if __name__ == "__main__":
