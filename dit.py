@@ -40,6 +40,7 @@ class DiTConfig:
     text_dim: int = flag(64, "channels of a text embedding")
     in_channels: int = flag(128, "channels of the latents")
     final_norm: str = flag("rms", "last norm: rms, as the paper has throughout, or layer, as LTX's weights need")
+    absolute: bool = flag(True, "Ours: tokens know their place in the clip, of which RoPE tells only differences")
 
 
 def rms_norm(x, weight=None, eps=1e-6):
@@ -155,8 +156,11 @@ class DiT(nn.Module):
         modulation = self.modulation(embedded).unflatten(-1, (6, self.cfg.width))                # (B, 6, D)
         text = self.text_mlp(text_emb)                                                           # (B, L, D)
         bias = (text_mask.to(x.dtype)[:, None, None] - 1) * 1e4                                  # (B, 1, 1, L)
-        rope = [table.to(x.dtype).unflatten(1, (-1, self.cfg.head_dim // 2)) for table in
-                rope_tables(latents.shape[2:], self.cfg.width, self.fps, self.compression, x.device)]
+        tables = [table.to(x.dtype) for table in                                                 # (N, D // 2)
+                  rope_tables(latents.shape[2:], self.cfg.width, self.fps, self.compression, x.device)]
+        if self.cfg.absolute:
+            x = x + torch.cat(tables, -1)
+        rope = [table.unflatten(1, (-1, self.cfg.head_dim // 2)) for table in tables]            # (N, heads, ...)
         return x, embedded, (modulation, text, bias, rope)
 
     def unembed(self, x, embedded, latent_shape):
@@ -344,8 +348,8 @@ class Config(GeneratorConfig):
 
 PRESETS = {"toy": {}, "paper": dict(  # Sec. 5: the server model, 2.0B
     frames=121, size=(576, 1024), fps=24., depth=28, width=2048, num_heads=32, ffn_dim=8192, text_dim=1024,
-    num_clips=10 ** 9, text_length=128, steps=200_000, batch_size=8, lr=5e-5, muon_lr=0., timestep_mean=0., ema=.9999,
-    shift=8., save_every=1000)}
+    absolute=False, num_clips=10 ** 9, text_length=128, steps=200_000, batch_size=8, lr=5e-5, muon_lr=0.,
+    timestep_mean=0., ema=.9999, shift=8., save_every=1000)}
 
 
 def save_dit(path, step, cfg, about, model, ema, optimizers):

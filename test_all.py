@@ -478,7 +478,8 @@ def test_dit_is_ltx():
     theirs = optional("diffusers.models.transformers.transformer_ltx").LTXVideoTransformer3DModel(
         in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
         num_layers=2, caption_channels=12)
-    ours, (x, t, text, mask) = dit.DiT(replace(TINY_DIT, ffn_dim=128, final_norm="layer"), fps=25.), tiny_inputs()
+    ours = dit.DiT(replace(TINY_DIT, ffn_dim=128, final_norm="layer", absolute=False), fps=25.)
+    x, t, text, mask = tiny_inputs()
     copy_weights(theirs, ours)
     tokens = theirs(x.flatten(2).mT, text, 1000 * t, mask, *x.shape[2:], rope_interpolation_scale=(8 / 25, 32, 32))
     close(ours(x, t, text, mask), tokens.sample.mT.reshape(x.shape))
@@ -511,6 +512,15 @@ def test_rope_sees_only_differences_of_position():
     for mine, same_time, same_place in zip(tables, seconds, pixels):
         close(same_time[4], mine.view(*shape, -1)[2, 0, 0], 1e-9)        # twice the fps: the second is twice as far
         close(same_place[6], mine.view(*shape, -1)[0, 3, 0], 1e-9)       # half the compression: so is the pixel
+
+
+@torch.no_grad()
+def test_only_absolute_positions_tell_equal_tokens_apart():
+    x, *rest = tiny_inputs()
+    for absolute in (False, True):
+        velocity = dit.DiT(replace(TINY_DIT, absolute=absolute))(x[:, :, :1, :1, :1].expand_as(x), *rest)
+        apart = (velocity - velocity[:, :, :1, :1, :1]).abs().max() / velocity.abs().max()
+        assert apart > .01 if absolute else apart < 1e-5, apart
 
 
 @torch.no_grad()
