@@ -1,0 +1,438 @@
+"""Tri-level pruning with knowledge distillation (Sec. 4.2, Fig. 3, Table 4): the phone's DiT out of the server's.
+
+    python prune.py                          # toy: search, surgery, fine-tuning; after dit.py, a laptop, minutes
+    python prune.py --sensitivity            # Fig. 3, each level alone -> out/sensitivity.json
+    python prune.py --ablation --seeds 3     # Table 4, six ways to a small DiT -> out/ablation.json
+
+out/dit.pt (or --init, any generator), vae.pt and latents/ beside it -> out/pruned.pt, out/pruned.png (samples)
+"""
+import copy
+import itertools
+import json
+import math
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils.flop_counter import FlopCounterMode
+
+import dit
+from dit import (LaterStage, WordEncoder, add_noise, average, build, contact_sheet, draw_batch, drop_captions,
+                 encode_clips, flow_matching_loss, load_dit, load_vae, logit_normal, recipe, save_dit, score_samples)
+from vae import (Abort, dry_run, flag, launch, load, make_optimizers, parallel, print0, progress, resume, setup,
+                 summary, update)
+
+# ------------------------------------------------------------------------------------------------ candidates
+SIZES = "depth", "num_heads", "ffn_dim"             # of a DiT, one for each level of granularity
+PAPER_CUT = 8 / 28, 12 / 32, 1 / 4                  # share that the paper prunes of them: heads "more aggressively"
+LINEARS = {"self_attn": ("to_q", "to_k", "to_v"), "cross_attn": ("to_q", "to_k", "to_v"), "ffn": ("up",)}  # masked
+PHONE = 7, 12, 16                                   # latents of the 49 x 384 x 512 video that the paper's phone makes
+
+
+def count_parameters(about):
+    with torch.device("meta"):
+        return sum(p.numel() for p in build(about).parameters())
+
+
+def shrink(about, groups, kept):
+    """What a generator is once `kept` of the units in each of the groups (blocks, heads, channels) are left."""
+    return SimpleNamespace(**vars(about) | {f: getattr(about, f) // m * n for f, m, n in zip(SIZES, groups, kept)})
+
+
+def fit_budget(about, groups, budget):
+    """Units (blocks, heads, channels) that a group keeps, for at most `budget` parameters (share of them, if <= 1).
+
+    Ours: the paper's cuts of the three levels, scaled together, from nothing to the first setting that fits. Under one
+    billion, from the paper's server model, that is the paper's own.
+    """
+    for name, m in zip(SIZES, groups, strict=True):
+        if getattr(about, name) % m:
+            raise Abort(f"--groups: groups of {m} do not divide the generator's {name} of {getattr(about, name)}")
+    settings = (tuple(max(1, round(m * (1 - scale * cut))) for m, cut in zip(groups, PAPER_CUT))
+                for scale in np.arange(0, 4.001, .001))
+    for kept, _ in itertools.groupby(settings):
+        count = count_parameters(shrink(about, groups, kept))
+        if count <= (budget * count_parameters(about) if budget <= 1 else budget):
+            return kept
+    raise Abort(f"--budget {budget:g} cannot be met: one unit of each group makes {count:,} parameters; raise it")
+
+
+class Candidates:
+    """Per level the masks (C, m) that a group of m units chooses from: all that keep n of them (Sec. 4.2.1)."""
+
+    def __init__(self, about, groups, kept):
+        self.masks, self.shapes = {}, {}
+        for level, i in zip(("blocks", *LINEARS), (0, 1, 1, 2)):
+            units, m, n = getattr(about, SIZES[i]), groups[i], kept[i]
+            subsets, whole = list(itertools.combinations(range(m), n)), math.comb(units, units // m * n)
+            self.masks[level] = F.one_hot(torch.tensor(subsets), m).sum(1).float()
+            self.shapes[level] = (about.depth,) * (i > 0) + (units // m, len(subsets))           # of a level's logits
+            whole = f"{whole:,}" if whole < 1e12 else f"about 10^{math.log10(whole):.0f}"
+            print0(f"  {level:10} keeps {units // m * n} of {units}: {units // m} groups, each {n} of {m}: "
+                   f"{len(subsets)} candidates; without groups {whole}")
+
+    def masks_of(self, choice):
+        """One-hot choices (B, ..., groups, C) -> masks (B, depth) of blocks, (B, depth, units) of the other levels."""
+        return {level: (choice[level] @ masks.to(choice[level])).flatten(-2) for level, masks in self.masks.items()}
+
+    def read_out(self, logits):
+        """Masks, with B = 1, of the candidates with the highest logits (..., groups, C)."""
+        return self.masks_of({k: F.one_hot(v.argmax(-1), v.shape[-1]).float()[None] for k, v in logits.items()})
+
+
+# ------------------------------------------------------------------------------------------------ masks and surgery
+def hooked(changes):
+    """A context in which a module's output y for its input x is change(x, y), if not None, for (module, change)s."""
+    stack = ExitStack()
+    for module, change in changes:
+        stack.enter_context(module.register_forward_hook(lambda _, x, y, change=change: change(x[0], y)))
+    return stack
+
+
+def masking(model, masks):
+    """Changes for `hooked` under which the DiT computes as if the units of mask 0 were not there.
+
+    masks: blocks (B, depth), self_attn and cross_attn (B, depth, heads), ffn (B, depth, channels); B = 1 for all clips
+    alike. Heads are masked in q, k and v, before attention; channels before the GELU, which keeps zero.
+    """
+    changes = []
+    for i, block in enumerate(model.blocks):
+        m = masks["blocks"][:, i, None, None]                                                    # (B, 1, 1)
+        changes.append((block, lambda x, y, m=m: y * m + x * (1 - m)))  # Eq. (3)
+        for level, name in ((level, name) for level, names in LINEARS.items() for name in names):
+            linear, m = getattr(getattr(block, level), name), masks[level][:, i, None]
+            m = m.repeat_interleave(linear.out_features // m.shape[-1], -1)                      # (B, 1, D)
+            changes.append((linear, lambda x, y, m=m: y * m))  # Eq. (4)
+    return changes
+
+
+@torch.no_grad()
+def cut(model, about, masks):
+    """Dense surgery: an ordinary, smaller DiT without the units of mask 0 (B = 1), and what it is, kept units included.
+
+    The QK norm is over all heads, of which masked ones are zero; the weights take up the factor by which it changes.
+    """
+    masks = {level: mask[0] for level, mask in masks.items()}
+    blocks = masks["blocks"].nonzero().flatten().tolist()
+    kept = {level: [masks[level][i].nonzero().flatten().tolist() for i in blocks] for level in LINEARS}
+    small = SimpleNamespace(**vars(about) | dict(depth=len(blocks), num_heads=len(kept["self_attn"][0]),
+                                                 ffn_dim=len(kept["ffn"][0]), kept={"blocks": blocks, **kept}))
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith("blocks.")}
+    for j, i in enumerate(blocks):
+        for name, value in model.blocks[i].state_dict().items():
+            level, _, leaf = name.partition(".")
+            if level in LINEARS and leaf not in ("to_out.bias", "down.bias"):
+                mask, side = masks[level][i], int(leaf in ("to_out.weight", "down.weight"))      # rows, or columns
+                value = value.index_select(side, mask.repeat_interleave(value.shape[side] // len(mask)).nonzero()[:, 0])
+                value = value * mask.mean().sqrt() if leaf.startswith("norm") else value
+            state[f"blocks.{j}.{name}"] = value
+    student = build(small).to(model.proj_in.weight.device)
+    student.load_state_dict(state)
+    return student, small
+
+
+def picture(about, kept):
+    """Print the kept units, a line for each block: # is kept, . is cut; of the FFN the first 48 channels."""
+    row = lambda units, count: "".join(".#"[i in units] for i in range(count))
+    sizes = dict(self_attn=about.num_heads, cross_attn=about.num_heads, ffn=min(48, about.ffn_dim))
+    for i in range(about.depth):
+        rows = [f"{level} {row(kept[level][kept['blocks'].index(i)], n)}" for level, n in sizes.items()
+                if i in kept["blocks"]]
+        print0(f"  block {i:2}  {'  '.join(rows) or 'cut'}")
+
+
+# ------------------------------------------------------------------------------------------------ search
+TEMPERATURES = 4., .1  # of the Gumbel-softmax, first and last [7]
+
+
+def batch(cfg, cache, key, device):
+    """x0, noise, t, text_emb and text_mask of a training step."""
+    x0, *text = draw_batch(cache, cfg.batch_size, key, device)
+    text = drop_captions(*text, cfg.caption_dropout)
+    return x0, torch.randn_like(x0), logit_normal(cfg.batch_size, cfg.timestep_mean, 1., device), *text
+
+
+class Search(nn.Module):
+    """The frozen DiT under masks drawn for each clip, and a light update (LoRA) of its linears, for the search only.
+
+    With it the loss tells how well a choice recovers, not how low it is right after the cut, which misleads [7].
+    """
+
+    def __init__(self, model, candidates, rank=4):
+        super().__init__()
+        self.model, self.candidates = model, candidates
+        self.logits = nn.ParameterDict({level: torch.zeros(shape) for level, shape in candidates.shapes.items()})
+        self.linears = [m for m in model.blocks.modules() if isinstance(m, nn.Linear)]
+        self.lora = nn.ModuleList(nn.Sequential(nn.Linear(m.in_features, rank, bias=False),
+                                                nn.Linear(rank, m.out_features, bias=False)) for m in self.linears)
+        for _, up in self.lora:
+            nn.init.zeros_(up.weight)
+
+    def forward(self, temperature, x0, *inputs):
+        choice = {level: F.gumbel_softmax(v.expand(len(x0), *v.shape), temperature, hard=True)
+                  for level, v in self.logits.items()}
+        updates = [(linear, lambda x, y, lora=lora: y + lora(x)) for linear, lora in zip(self.linears, self.lora)]
+        with hooked(updates + masking(self.model, self.candidates.masks_of(choice))):
+            return flow_matching_loss(self.model, x0, *inputs)
+
+
+def search(cfg, teacher, candidates, cache, run):
+    """Learn which units to keep; returns the masks (B = 1) of the logits' moving average."""
+    (device, rank, world), module, losses = run, Search(teacher, candidates).to(run[0]), []
+    average_logits, cfg = copy.deepcopy(module.logits).requires_grad_(False), replace(cfg, steps=cfg.search_steps)
+    optimizers = [torch.optim.AdamW(part.parameters(), lr, weight_decay=0)
+                  for part, lr in ((module.logits, cfg.search_lr), (module.lora, cfg.lr))]
+    trained = parallel(module, world)
+    for step in progress(0, cfg.steps):
+        temperature = np.interp(step, (0, cfg.steps - 1), TEMPERATURES).item()
+        loss = trained(temperature, *batch(cfg, cache, (cfg.seed, step, rank, 1), device))
+        update(loss, optimizers, step, cfg, cfg.out)
+        average(average_logits, module.logits, .9, step)
+        losses.append(loss.item())
+        if (step + 1) % cfg.log_every == 0:
+            print0(f"search {step + 1}/{cfg.steps}  loss {np.mean(losses[-cfg.log_every:]):.4f}")
+    return candidates.read_out(dict(average_logits.items()))
+
+
+# ------------------------------------------------------------------------------------------------ fine-tuning with KD
+class Student(nn.Module):
+    """A DiT and, for KD, an affine map from the features in which each of `count` groups of its blocks ends."""
+
+    def __init__(self, model, count, teacher_width):
+        super().__init__()
+        self.model, self.affine = model, nn.ModuleList(nn.Linear(model.cfg.width, teacher_width) for _ in range(count))
+        for affine in self.affine:
+            nn.init.eye_(affine.weight), nn.init.zeros_(affine.bias)  # Ours: a pruned DiT starts close to the teacher
+
+    def forward(self, teacher, x0, noise, t, *text):
+        """The losses of flow matching and, for the same x_t, t and text, of KD, which is 0 without groups."""
+        count, y_s, y_t = len(self.affine), [], []
+        ends = lambda model, y: [(model.blocks[(i + 1) * len(model.blocks) // count - 1], lambda _, out: y.append(out))
+                                 for i in range(count)]
+        with hooked(ends(self.model, y_s)):
+            loss = flow_matching_loss(self.model, x0, noise, t, *text)
+        if not count:
+            return loss, loss.new_zeros(())
+        with hooked(ends(teacher, y_t)), torch.no_grad():
+            teacher(add_noise(x0, noise, t), t, *text)
+        # Ours: sim is the negative cosine, as in REPA [56]; the paper leaves it open.
+        sims = [-F.cosine_similarity(a, f(b), dim=-1).mean() for a, b, f in zip(y_t, y_s, self.affine)]
+        return loss, sum(sims) / count  # Eq. (5)
+
+
+def finetune(cfg, model, teacher, cache, run, path, about=None):
+    """Train a DiT, with KD if cfg.alpha. Returns its moving average. Checkpoints to path if told what it is: about."""
+    (device, rank, world), began, losses = run, time.time(), []
+    student = Student(model, teacher.cfg.depth // cfg.groups[0] * (cfg.alpha > 0), teacher.cfg.width).to(device)
+    ema, optimizers = copy.deepcopy(model).requires_grad_(False), make_optimizers(model, cfg.lr, cfg.muon_lr)
+    if cfg.alpha:
+        optimizers.append(torch.optim.AdamW(student.affine.parameters(), cfg.lr, weight_decay=0))
+    start = resume(path, cfg, {"model": student, "ema": ema}, optimizers) if cfg.resume else 0
+    if about and rank == 0 and not start:
+        save_dit(path, 0, cfg, about, student, ema, optimizers)  # --resume need not search again
+    trained = parallel(student, world)
+    for step in progress(start, cfg.steps):
+        flow, distill = trained(teacher, *batch(cfg, cache, (cfg.seed, step, rank), device))
+        update(flow + cfg.alpha * distill, optimizers, step, cfg, path)  # Eq. (6)
+        average(ema, model, cfg.ema, step)
+        losses.append((flow.item(), distill.item()))
+        if (step + 1) % cfg.log_every == 0:
+            print0(f"step {step + 1}/{cfg.steps}  loss {{:.4f}}  distill {{:.4f}}  {(time.time() - began) / 60:.1f} min"
+                   .format(*np.mean(losses[-cfg.log_every:], 0)))
+        if about and rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
+            save_dit(path, step + 1, cfg, about, student, ema, optimizers)
+    return ema
+
+
+# ------------------------------------------------------------------------------------------------ Fig. 3 and Table 4
+@torch.no_grad()
+def measure(cfg, model, vae, about, cache, device):
+    """Parameters, flow-matching loss (eight batches, the same ones at every call) and scores for unseen captions."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        losses = [flow_matching_loss(model, *batch(cfg, cache, (i, 2), device)).item() for i in range(8)]
+    figures = dict(parameters=count_parameters(about), loss=np.mean(losses).item())
+    if cfg.score_clips and about.data == "synthetic":
+        scores = score_samples(model, vae, about, "full", cfg.score_clips, *recipe(about))
+        figures |= {k: scores[k] for k in ("semantic", "quality", "total")}
+    return figures
+
+
+def step_inputs(about, latent_shape, count, device):
+    """Latents, t, text_emb and text_mask for `count` clips whose latents are of that shape (f, h, w)."""
+    x = torch.randn(count, about.in_channels, *latent_shape, device=device)
+    return x, x[:, 0, 0, 0, 0], x.new_zeros(count, about.text_length, about.text_dim), x.new_ones(count, about.text_length)
+
+
+@torch.no_grad()
+def step_costs(models, about, latent_shape):
+    """Median ms of a denoising step, GFLOPs and peak MB, weights included, of each model; timed in turns."""
+    times, costs = np.zeros((17, len(models))), []
+    inputs = step_inputs(about, latent_shape, 1, models[0].proj_in.weight.device)
+    for i, j in np.ndindex(times.shape):
+        began = time.perf_counter()
+        models[j](*inputs).sum().item()                                  # .item() waits for a GPU
+        times[i, j] = 1e3 * (time.perf_counter() - began)
+    for model, ms in zip(models, np.median(times[2:], 0)):
+        model = copy.deepcopy(model).to("meta").requires_grad_()         # MemTracker fails on frozen weights
+        with FlopCounterMode(display=False) as flops, MemTracker() as memory:
+            memory.track_external(model)
+            model(*(x.to("meta") for x in inputs))
+        peak = sum(kinds["Total"] for kinds in memory.get_tracker_snapshot("peak").values())
+        costs.append(dict(step_ms=float(ms), gflops=flops.get_total_flops() / 1e9, peak_mb=peak / 1e6))
+    return costs
+
+
+def tabulate(rows, path):
+    """Print the last of the rows (dicts), the first below a header, and write all to path."""
+    for cells in [list(rows[0])] * (len(rows) == 1) + [rows[-1].values()]:
+        print0(*(f"{v:10.4g}" if isinstance(v, float) else f"{v:>10}" for v in cells))
+    Path(path).write_text(json.dumps(rows, indent=1))
+
+
+def sensitivity(cfg, teacher, vae, about, cache, run):
+    """Fig. 3: prune each level alone, progressively. Ours: no fine-tuning; what goes is searched at every strength."""
+    rows, settings = [], [("none", cfg.groups)]
+    for i, m in enumerate(cfg.groups):
+        settings += [(SIZES[i], (*cfg.groups[:i], n, *cfg.groups[i + 1:])) for n in range(m - 1, 0, -1)]
+    for level, kept in settings:
+        own = replace(cfg, search_steps=cfg.search_steps * (level != "none"))
+        model, small = cut(teacher, about, search(own, teacher, Candidates(about, cfg.groups, kept), cache, run))
+        whole, cost = step_costs([teacher, model], about, PHONE)
+        rows.append(dict(level=level, kept=getattr(small, level, "all"), **cost, speedup=whole["step_ms"] / cost["step_ms"],
+                         **measure(cfg, model, vae, small, cache, run[0])))
+        tabulate(rows, f"{cfg.out}/sensitivity.json")
+    return {f"{row['level']}_{row['kept']}_loss": row["loss"] for row in rows}
+
+
+def most_weight(model, candidates):
+    """Masks (B = 1) of the candidates whose units have the most weight: sums of squares of what makes them."""
+    weight = {level: torch.stack([sum(getattr(getattr(block, level), name).weight.square().sum(1) for name in names)
+                                  for block in model.blocks]) for level, names in LINEARS.items()}   # (depth, D)
+    weight["blocks"] = sum(w.sum(1) for w in weight.values())                                        # (depth,)
+    return candidates.read_out({
+        level: weight[level].unflatten(-1, (candidates.shapes[level][-2], masks.shape[1], -1)).sum(-1) @ masks.T.to(
+            weight[level]) for level, masks in candidates.masks.items()})
+
+
+def ablation(cfg, teacher, vae, about, candidates, size, cache, run, trained):
+    """Table 4 at equal total steps, and two more rows: as many random units, and those of most weight.
+
+    size: parameters of the pruned DiT; trained: the teacher's steps, lr and muon_lr, also for what starts from nothing.
+    """
+    closest = lambda changes: min((SimpleNamespace(**vars(about) | c) for c in changes),
+                                  key=lambda small: abs(count_parameters(small) - size))
+    scratch = {"shallow": closest(dict(depth=n) for n in range(1, about.depth)), "narrow": closest(
+        dict(head_dim=n, width=n * about.num_heads, ffn_dim=about.ffn_dim * n // about.head_dim)
+        for n in range(2, about.head_dim, 2))}
+    methods, rows, figures = ("tri-level", "no KD", "random", "magnitude", *scratch), [], {}
+    for seed, method in itertools.product(range(cfg.seed, cfg.seed + cfg.seeds), methods):
+        torch.manual_seed(seed)
+        began, own = time.process_time(), replace(cfg, seed=seed, alpha=cfg.alpha * (method == "tri-level"))
+        if method in scratch:
+            own = replace(own, **trained | {"steps": trained["steps"] + cfg.search_steps + cfg.steps})
+            model, small = build(scratch[method]).to(run[0]), scratch[method]
+        else:
+            if method == "tri-level":
+                learned = search(own, teacher, candidates, cache, run)
+            masks = {"random": candidates.read_out({k: torch.rand(shape) for k, shape in candidates.shapes.items()}),
+                     "magnitude": most_weight(teacher, candidates)}.get(method, learned)
+            model, small = cut(teacher, about, masks)
+        before = measure(replace(cfg, score_clips=0), model, vae, small, cache, run[0])["loss"]
+        ema = finetune(own, model, teacher, cache, run, cfg.out)
+        rows.append(dict(method=method, seed=seed, steps=own.steps, loss_before=before,
+                         **measure(cfg, ema, vae, small, cache, run[0]), cpu_minutes=(time.process_time() - began) / 60))
+        tabulate(rows, f"{cfg.out}/ablation.json")
+    for method, key in itertools.product(methods, list(rows[0])[3:]):
+        values = [row[key] for row in rows if row["method"] == method]
+        figures |= {f"{method}_{key}": np.mean(values).item(), f"{method}_{key}_spread": np.std(values).item()}
+    return figures
+
+
+# ------------------------------------------------------------------------------------------------ the stage
+@dataclass
+class Config(LaterStage):
+    init: str = flag("", "generator to prune, of any stage; not given: dit.pt in --out")
+    budget: float = flag(.52, "parameters of the pruned DiT, at most; up to 1: share of the generator's")
+    groups: tuple = flag((3, 3, 6), "blocks, heads and FFN channels that make a group")
+    search_steps: int = flag(60, "steps of the search for the units to keep")
+    search_lr: float = flag(.1, "learning rate of the candidates' logits")
+    steps: int = flag(500, "fine-tuning steps")
+    batch_size: int = flag(24, "clips per process and step")
+    lr: float = flag(1e-3, "AdamW's learning rate")
+    muon_lr: float = flag(.01, "Muon's, for the blocks' matrices; 0: AdamW trains them too")
+    alpha: float = flag(.01, "weight of KD (Sec. 4.2.2); 0: without")
+    timestep_mean: float = flag(.5, "Ours: t is the sigmoid of a normal variable [6] of this mean, deviation 1")
+    caption_dropout: float = flag(.1, "share of clips that train without caption, for guidance")
+    ema: float = flag(.98, "rate of the weights' moving average, which is what later stages use")
+    score_clips: int = flag(48, "unseen captions whose samples are scored; 0 for none")
+    save_every: int = flag(250, "steps between checkpoints")
+    log_every: int = flag(50, "steps between printed lines")
+    sensitivity: bool = flag(False, "Fig. 3 instead: prune each level alone")
+    ablation: bool = flag(False, "Table 4 instead: other ways to a DiT of this size")
+    seeds: int = flag(1, "runs of each way in --ablation")
+    resume: bool = flag(False, "continue an interrupted fine-tuning from its last checkpoint")
+    dry_run: bool = flag(False, "print parameters, FLOPs and memory, and stop")
+
+
+PRESETS = {"toy": {}, "paper": dict(  # Sec. 4.2.1. Ours: the numbers of steps, which the paper gives in sum (200K)
+    budget=1e9, groups=(7, 8, 4), search_steps=2000, search_lr=.01, steps=50_000, batch_size=8, lr=5e-5, muon_lr=0.,
+    timestep_mean=0., ema=.9999, save_every=1000)}
+
+
+def main(cfg):
+    """Prune and fine-tune, or make a table; returns the figures of the summary line."""
+    began, run, path = time.time(), setup(cfg.seed), Path(cfg.out) / "pruned.pt"
+    (device, rank, world), init = run, Path(cfg.init or f"{cfg.out}/dit.pt")
+    if cfg.dry_run:
+        about = SimpleNamespace(**vars(dit.Config(**dit.PRESETS[cfg.preset])), compression=(8, 32))
+    else:
+        teacher, about = load_dit(init, device=device, data=cfg.data)
+    kept = fit_budget(about, cfg.groups, cfg.budget)
+    small = shrink(about, cfg.groups, kept)
+    size, size_teacher = count_parameters(small), count_parameters(about)
+    print0(f"prune: {size:,} parameters from {size_teacher:,}")
+    candidates = Candidates(about, cfg.groups, kept)
+    if cfg.dry_run:
+        with torch.device("meta"):
+            student, teacher = Student(build(small), about.depth // cfg.groups[0], about.width), build(about)
+        shape = 1 + about.frames // 8, *(n // 32 for n in about.size)
+        x, *rest = step_inputs(about, shape, cfg.batch_size, "meta")
+        return dry_run("PRUNE", student.model, lambda: sum(student(teacher, x, x, *rest)),
+                       lambda: student.model(*step_inputs(about, shape, 1, "meta")))
+    vae = load_vae(about.out, device, about.vae)
+    cache = encode_clips(about, vae, WordEncoder(about.text_dim, about.text_length), rank, world, device)
+    if cfg.sensitivity:
+        return summary("PRUNE", sensitivity(cfg, teacher, vae, about, cache, run), began)
+    if cfg.ablation:
+        trained = {k: load(init)["config"][k] for k in ("steps", "lr", "muon_lr")}
+        return summary("PRUNE", ablation(cfg, teacher, vae, about, candidates, size, cache, run, trained), began)
+    if cfg.resume:
+        saved = load(path, finished=False)["generator"]
+        if any(saved[k] != v for k, v in vars(small).items() if k not in ("out", "kept")):
+            raise Abort(f"{path} was not pruned from {init} as that is now: start again without --resume")
+        small.kept, model = saved["kept"], build(small).to(device)
+    else:
+        model, small = cut(teacher, about, search(cfg, teacher, candidates, cache, run))
+    picture(about, small.kept)
+    ema = finetune(cfg, model, teacher, cache, run, path, small)
+    figures = {k + name: v for name, model, what in (("", ema, small), ("_teacher", teacher, about))
+               for k, v in measure(cfg, model, vae, what, cache, device).items()}
+    for shape in vae.latent_shape(about.frames, *about.size)[1:], PHONE:
+        (whole, part), tokens = step_costs([teacher, ema], about, shape), math.prod(shape)
+        figures |= {f"speedup_{tokens}_tokens": whole["step_ms"] / part["step_ms"],
+                    f"flops_ratio_{tokens}_tokens": whole["gflops"] / part["gflops"]}
+    captions = contact_sheet(path.with_suffix(".png"), ema, vae, small) if rank == 0 else []
+    print0(f"{path.with_suffix('.png')} shows:", *captions, sep="\n  ")
+    return summary("PRUNE", figures, began, "python distill.py")
+
+
+if __name__ == "__main__":
+    launch(main, Config, PRESETS)
