@@ -71,12 +71,16 @@ class Candidates:
         self.masks, self.shapes = {}, {}
         for level, i in zip(("blocks", *LINEARS), (0, 1, 1, 2)):
             units, m, n = getattr(about, SIZES[i]), groups[i], kept[i]
-            subsets, whole = list(itertools.combinations(range(m), n)), math.comb(units, units // m * n)
+            subsets = list(itertools.combinations(range(m), n))
             self.masks[level] = F.one_hot(torch.tensor(subsets), m).sum(1).float()
             self.shapes[level] = (about.depth,) * (i > 0) + (units // m, len(subsets))           # of a level's logits
-            whole = f"{whole:,}" if whole < 1e12 else f"about 10^{math.log10(whole):.0f}"
-            print0(f"  {level:10} keeps {units // m * n} of {units}: {units // m} groups, each {n} of {m}: "
-                   f"{len(subsets)} candidates; without groups {whole}")
+
+    def describe(self):
+        for level, masks in self.masks.items():
+            (count, m), n, groups = masks.shape, int(masks[0].sum()), self.shapes[level][-2]
+            whole = math.comb(groups * m, groups * n)
+            print0(f"  {level:10} keeps {groups * n} of {groups * m}: {groups} x {n} of {m}, {count} candidates each; without "
+                   "groups", f"{whole:,}" if whole < 1e12 else f"about 10^{math.log10(whole):.0f}")
 
     def masks_of(self, choice):
         """One-hot choices (B, ..., groups, C) -> masks (B, depth) of blocks, (B, depth, units) of the other levels."""
@@ -131,7 +135,7 @@ def cut(model, about, masks):
             if level in LINEARS and leaf not in ("to_out.bias", "down.bias"):
                 mask, side = masks[level][i], int(leaf in ("to_out.weight", "down.weight"))      # rows, or columns
                 value = value.index_select(side, mask.repeat_interleave(value.shape[side] // len(mask)).nonzero()[:, 0])
-                value = value * mask.mean().sqrt() if leaf.startswith("norm") else value
+                value = value / mask.mean().sqrt() if leaf.startswith("norm") else value
             state[f"blocks.{j}.{name}"] = value
     student = build(small).to(model.proj_in.weight.device)
     student.load_state_dict(state)
@@ -281,10 +285,10 @@ def step_costs(models, about, latent_shape):
         models[j](*inputs).sum().item()                                  # .item() waits for a GPU
         times[i, j] = 1e3 * (time.perf_counter() - began)
     for model, ms in zip(models, np.median(times[2:], 0)):
-        model = copy.deepcopy(model).to("meta").requires_grad_()         # MemTracker fails on frozen weights
+        model = copy.deepcopy(model).requires_grad_()                    # MemTracker fails on frozen weights
         with FlopCounterMode(display=False) as flops, MemTracker() as memory:
             memory.track_external(model)
-            model(*(x.to("meta") for x in inputs))
+            model(*inputs)
         peak = sum(kinds["Total"] for kinds in memory.get_tracker_snapshot("peak").values())
         costs.append(dict(step_ms=float(ms), gflops=flops.get_total_flops() / 1e9, peak_mb=peak / 1e6))
     return costs
@@ -350,9 +354,10 @@ def ablation(cfg, teacher, vae, about, candidates, size, cache, run, trained):
         rows.append(dict(method=method, seed=seed, steps=own.steps, loss_before=before,
                          **measure(cfg, ema, vae, small, cache, run[0]), cpu_minutes=(time.process_time() - began) / 60))
         tabulate(rows, f"{cfg.out}/ablation.json")
-    for method, key in itertools.product(methods, list(rows[0])[3:]):
-        values = [row[key] for row in rows if row["method"] == method]
-        figures |= {f"{method}_{key}": np.mean(values).item(), f"{method}_{key}_spread": np.std(values).item()}
+    for method, k in itertools.product(methods, ("loss", "semantic", "quality", "total")):
+        values = [row.get(k, math.nan) for row in rows if row["method"] == method]
+        figures[f"{method}_{k}"], spread = np.mean(values).item(), np.std(values).item()
+        print0(f"{method:10} {k:10} {figures[f'{method}_{k}']:.3f} +- {spread:.3f} of {cfg.seeds} seeds")
     return figures
 
 
@@ -400,6 +405,7 @@ def main(cfg):
     size, size_teacher = count_parameters(small), count_parameters(about)
     print0(f"prune: {size:,} parameters from {size_teacher:,}")
     candidates = Candidates(about, cfg.groups, kept)
+    candidates.describe()
     if cfg.dry_run:
         with torch.device("meta"):
             student, teacher = Student(build(small), about.depth // cfg.groups[0], about.width), build(about)

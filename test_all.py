@@ -6,9 +6,11 @@
 A test that takes a `folder` gets a new, empty one. The last line counts; the exit status is 1 if any test failed.
 """
 import contextlib
+import copy
 import importlib
 import io
 import itertools
+import json
 import math
 import pickle
 import shutil
@@ -23,6 +25,7 @@ from collections import Counter
 from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import DEFAULT, Mock, patch
 
 import numpy as np
@@ -30,6 +33,7 @@ import torch
 import torch.nn.functional as F
 
 import dit
+import prune
 import sample
 import vae
 from vae import COMBINATIONS, HELD_OUT, Abort
@@ -699,6 +703,202 @@ def test_sample_scores_beside_baselines():
 
 
 # ------------------------------------------------------------------------------------------------ prune.py
+TINY_PRUNE = prune.Config(groups=(2, 2, 4), budget=.6, search_steps=4, steps=4, batch_size=4, save_every=2, log_every=2,
+                          score_clips=2)
+
+
+def tiny_generator(**changes):
+    """A DiT of 4 blocks, 4 heads and 12 channels that is not near its start, frozen, and what it is."""
+    about = SimpleNamespace(**vars(replace(TINY_DIT, depth=4, num_heads=4, head_dim=8, ffn_dim=12, **changes)),
+                            compression=(8, 32))
+    model = dit.build(about).requires_grad_(False)
+    for name, weight in model.named_parameters():
+        weight.add_(torch.randn_like(weight) * (1. if "norm" in name else .4))
+    return model, about
+
+
+def random_masks(candidates, count=1):
+    draws = zip(*(candidates.read_out({k: torch.rand(s) for k, s in candidates.shapes.items()}).items()
+                  for _ in range(count)))
+    return {level[0][0]: torch.cat([mask for _, mask in level]) for level in draws}
+
+
+def slow_dit(model, masks, x, t, text, mask):
+    """Eq. 3 and 4 written out, for one clip and masks of no batch: what is masked is skipped, or zeroed one by one."""
+    x, embedded, (modulation, text, bias, rope) = model.embed(x, t, text, mask)
+    for i, block in enumerate(model.blocks):
+        if masks["blocks"][i] == 0:
+            continue
+        shift1, scale1, gate1, shift2, scale2, gate2 = (block.table + modulation)[0]
+
+        def masked(linear, x, units):
+            y = linear(x)
+            for unit, keep in enumerate(units.tolist()):
+                for channel in range(unit * y.shape[-1] // len(units), (unit + 1) * y.shape[-1] // len(units)):
+                    y[..., channel] *= keep
+            return y
+
+        def attend(attn, x, context, units, bias, rope):
+            q, k, v = (masked(linear, y, units) for linear, y in ((attn.to_q, x), (attn.to_k, context),
+                                                                  (attn.to_v, context)))
+            q, k = dit.rms_norm(q, attn.norm_q, 1e-5), dit.rms_norm(k, attn.norm_k, 1e-5)
+            q, k = (dit.rotate(y, *(table.flatten(1) for table in rope)) if rope else y for y in (q, k))
+            q, k, v = (y.unflatten(-1, (len(units), -1)).transpose(1, 2) for y in (q, k, v))
+            weights = (q @ k.mT / q.shape[-1] ** .5 + bias).softmax(-1)
+            return attn.to_out((weights @ v).transpose(1, 2).flatten(2))
+
+        y = dit.rms_norm(x) * (1 + scale1) + shift1
+        x = x + gate1 * attend(block.self_attn, y, y, masks["self_attn"][i], 0, rope)
+        x = x + attend(block.cross_attn, x, text, masks["cross_attn"][i], bias, None)
+        y = masked(block.ffn.up, dit.rms_norm(x) * (1 + scale2) + shift2, masks["ffn"][i])
+        x = x + gate2 * block.ffn.down(F.gelu(y, approximate="tanh"))
+    return model.unembed(x, embedded, (2, 3, 2))
+
+
+@torch.no_grad()
+def test_masks_are_eq_3_and_4():
+    (model, about), (x, t, text, mask) = tiny_generator(), tiny_inputs()
+    masks = random_masks(prune.Candidates(about, (4, 4, 4), (3, 2, 2)), 2)   # another choice for each clip
+    with prune.hooked(prune.masking(model, masks)):
+        masked = model(x, t, text, mask)
+    for b in range(2):
+        slow = slow_dit(model, {k: m[b] for k, m in masks.items()}, *(y[b:b + 1] for y in (x, t, text, mask)))
+        close(masked[b:b + 1], slow)
+    assert (masked - model(x, t, text, mask)).abs().max() > .1 * masked.abs().max()
+
+
+@torch.no_grad()
+def test_cut_is_masked_to_rounding():
+    everything = (4, 4, 4)
+    for norm, kept in itertools.product(("rms", "layer"), ((2, 4, 4), (4, 1, 4), (4, 4, 3), (3, 2, 1), everything)):
+        (model, about), inputs = tiny_generator(final_norm=norm), tiny_inputs()
+        masks = random_masks(prune.Candidates(about, (4, 4, 4), kept))
+        small, what = prune.cut(model, about, masks)
+        with prune.hooked(prune.masking(model, masks)):
+            masked = model(*inputs)
+        close(small(*inputs), masked)
+        assert (what.depth, what.num_heads, what.ffn_dim) == (*kept[:2], 3 * kept[2]) and small.cfg.depth == kept[0]
+        assert kept != everything or torch.equal(small(*inputs), model(*inputs)) and torch.equal(masked, model(*inputs))
+        if kept == (3, 2, 1):                                                # what is cut already is cut again
+            again = random_masks(prune.Candidates(what, (3, 2, 3), (2, 1, 2)))
+            smaller, _ = prune.cut(small, what, again)
+            with prune.hooked(prune.masking(small, again)):
+                close(smaller(*inputs), small(*inputs))
+
+
+def test_candidates_and_budgets():
+    _, about = tiny_generator()
+    for m, n in itertools.product((4, 2), range(1, 5)):
+        if n <= m:
+            masks = prune.Candidates(about, (m, 4, 4), (n, 1, 1)).masks["blocks"]
+            brute = {bits for bits in itertools.product((0., 1.), repeat=m) if sum(bits) == n}
+            assert set(map(tuple, masks.tolist())) == brute and len(masks) == math.factorial(m) / (
+                math.factorial(n) * math.factorial(m - n))
+    paper = SimpleNamespace(**vars(dit.Config(**dit.PRESETS["paper"])), compression=(8, 32))
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        prune.Candidates(paper, (7, 16, 4), (5, 13, 3)).describe()           # 26 of 32 heads, the paper's example
+    assert "without groups 906,192" in out.getvalue() and "without groups 3,108,105" in out.getvalue(), out.getvalue()
+    kept = prune.fit_budget(paper, (7, 8, 4), 1e9)
+    assert kept == (5, 5, 3) and prune.count_parameters(prune.shrink(paper, (7, 8, 4), kept)) == 960_221_312
+    before, whole = (1, 1, 1), prune.count_parameters(about)
+    for share in sorted(.45 + .6 * torch.rand(10).double()):
+        kept = prune.fit_budget(about, (4, 4, 4), share.item() * (1 if share <= 1 else whole))
+        small, _ = prune.cut(*tiny_generator(), random_masks(prune.Candidates(about, (4, 4, 4), kept)))
+        assert sum(p.numel() for p in small.parameters()) <= share * whole and all(map(int.__ge__, kept, before))
+        assert kept[1] <= kept[2]                                            # heads go before channels
+        before = kept
+    assert kept == (4, 4, 4)
+
+
+def test_search_finds_the_best_and_leaves_no_trace():
+    (model, about), (x, t, text, mask) = tiny_generator(), tiny_inputs()
+    candidates, before = prune.Candidates(about, (2, 4, 4), (1, 3, 2)), copy.deepcopy(model.state_dict())
+    module, best, drawn = prune.Search(model, candidates), random_masks(candidates), []
+    prune.search(replace(TINY_PRUNE, search_steps=3, lr=1.), model, candidates, [[np.ones((4, *y.shape[1:])) for y in (
+        x, text, mask)]], ("cpu", 0, 1))
+    assert same(dict(model.state_dict()), dict(before)) and not any(m._forward_hooks for m in model.modules())
+    sum(module(4., *(torch.cat([y] * 8) for y in (x, x + 1, t, text, mask))) for _ in range(4)).backward()
+    assert all((p.grad != 0).all() for p in module.logits.values()) and all(p.grad is None for p in model.parameters())
+    assert all(down.weight.grad is not None for down, _ in module.lora)
+    distance = lambda *_: sum((mask - best[level]).square().sum(-1).mean() for level, mask in drawn.pop().items())
+    with patch.object(prune, "masking", lambda _, masks: drawn.append(masks) or []), \
+            patch.object(prune, "flow_matching_loss", distance), patch.object(prune, "batch", lambda *_: (x, x)):
+        found = prune.search(replace(TINY_PRUNE, search_steps=60), model, candidates, None, ("cpu", 0, 1))
+    assert same(found, best)
+
+
+def test_kd_is_eq_5():
+    (teacher, about), (x, t, text, mask), noise = tiny_generator(), tiny_inputs(), torch.randn(2, 8, 2, 3, 2)
+    model, _ = prune.cut(teacher, about, random_masks(prune.Candidates(about, (2, 4, 4), (1, 2, 3))))
+    student = prune.Student(model, 2, 32)
+    for affine in student.affine:
+        close(affine(x := torch.randn(3, 32)), x)                            # its start
+        torch.nn.init.normal_(affine.weight), torch.nn.init.normal_(affine.bias)
+    x0 = torch.randn_like(noise)
+    flow, distill = student(teacher, x0, noise, t, text, mask)
+    x_t, features = torch.stack([(1 - s) * a + s * n for s, a, n in zip(t, x0, noise)]), {}
+    for name, dit_model, ends in (("teacher", teacher, (1, 3)), ("student", model, (0, 1))):
+        y, _, conditions = dit_model.embed(x_t, t, text, mask)
+        features[name] = []
+        for i, block in enumerate(dit_model.blocks):
+            y = block(y, *conditions)
+            features[name] += [y] * (i in ends)
+    cosines = [np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)
+               for y_t, y_s, f in zip(*features.values(), student.affine)
+               for a, b in zip(y_t.detach().flatten(0, 1).numpy(),
+                               (y_s @ f.weight.T + f.bias).detach().flatten(0, 1).numpy())]
+    assert abs(distill.item() + np.mean(cosines)) < 1e-5 and len(cosines) == 2 * 2 * 12
+    close(flow, dit.flow_matching_loss(model, x0, noise, t, text, mask))
+    distill.backward()
+    assert all(p.grad is None for p in teacher.parameters()) and model.proj_in.weight.grad.abs().max() > 0
+    assert all(p.grad.abs().max() > 0 for p in student.affine.parameters()) and model.proj_out.weight.grad is None
+
+
+def test_prune_resumes_to_the_same_bits_and_says_what_is_wrong(folder):
+    once, twice = folder / "once", folder / "twice"
+    for out in (once, twice):
+        shutil.copytree(trained(), out)
+    figures = prune.main(replace(TINY_PRUNE, out=str(once)))
+    assert figures["parameters"] <= .6 * figures["parameters_teacher"] and figures["flops_ratio_2_tokens"] > 1
+    with patch.object(prune, "save_dit", breaking(prune.save_dit, 2)):
+        aborts("broken off", prune.main, replace(TINY_PRUNE, out=str(twice)))
+    assert vae.load(twice / "pruned.pt", finished=False)["step"] == 2
+    prune.main(replace(TINY_PRUNE, out=str(twice), resume=True))
+    a, b = vae.load(once / "pruned.pt"), vae.load(twice / "pruned.pt")
+    assert (wrong := [k for k in a if k != "config" and not same(a[k], b[k])]) == [], wrong
+    model, about = dit.load_dit(once / "pruned.pt", "pruned")
+    assert len(about.kept["blocks"]) == about.depth == model.cfg.depth == 1 and (once / "pruned.png").exists()
+    dit.main(replace(TINY_DIT, out=str(once), num_heads=1, depth=4))         # a generator of another shape
+    wrong = []
+    for words, flags in (("--budget 0.01 cannot be met", "--budget .01"), ("do not divide", "--groups 2,3,4"),
+                         ("no generator", f"--init {once}/vae.pt"), ("is missing", f"--init {once}/none.pt"),
+                         ("another --budget", "--resume --budget .7"), ("another --alpha", "--resume --alpha 0"),
+                         ("was not pruned from", f"--resume --init {once}/dit.pt --groups 2,1,4")):
+        values = {f.name: getattr(TINY_PRUNE, f.name) for f in fields(TINY_PRUNE) if f.type in (int, float)}
+        tiny = [f"--{k}={v}" for k, v in values.items()] + ["--groups=2,2,4", f"--out={twice}"]
+        status, _, error = command(prune, *tiny, *flags.split())
+        if status != 2 or words not in error or error.count("\n") != 1:
+            wrong.append(f"prune.py {flags}, status {status}: {error.strip()[-200:]}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_tables_of_fig_3_and_table_4(folder):
+    shutil.copytree(trained(), folder, dirs_exist_ok=True)
+    cfg, whole = replace(TINY_PRUNE, out=str(folder)), vae.load(folder / "dit.pt")
+    prune.main(replace(cfg, sensitivity=True))
+    rows = json.loads((folder / "sensitivity.json").read_text())
+    assert [(r["level"], r["kept"]) for r in rows] == [("none", "all"), ("depth", 1), ("num_heads", 1), *(
+        ("ffn_dim", n) for n in (48, 32, 16))]
+    for a, b in itertools.pairwise(rows[2:]):
+        assert all(a[k] > b[k] for k in ("parameters", "gflops", "peak_mb")) or b["kept"] == 48, rows
+    assert rows[0]["parameters"] == sum(v.numel() for k, v in whole["ema"].items() if "head_ids" not in k)
+    figures = prune.main(replace(cfg, ablation=True, seeds=2, steps=2))
+    rows = json.loads((folder / "ablation.json").read_text())
+    assert len(rows) == 12 and {r["steps"] for r in rows if r["method"] in ("narrow", "shallow")} == {4 + 4 + 2}
+    losses = [r["loss"] for r in rows if r["method"] == "random"]
+    assert abs(figures["random_loss"] - sum(losses) / 2) < 1e-9 and losses[0] != losses[1]
+    same_cut = [r["loss_before"] for r in rows if r["method"] in ("tri-level", "no KD") and r["seed"] == 0]
+    assert same_cut[0] == same_cut[1]
 
 
 # ------------------------------------------------------------------------------------------------ distill.py
