@@ -33,6 +33,7 @@ from vae import (Abort, dry_run, flag, launch, load, make_optimizers, parallel, 
 SIZES = "depth", "num_heads", "ffn_dim"             # of a DiT, one for each level of granularity
 PAPER_CUT = 8 / 28, 12 / 32, 1 / 4                  # share that the paper prunes of them: heads "more aggressively"
 LINEARS = {"self_attn": ("to_q", "to_k", "to_v"), "cross_attn": ("to_q", "to_k", "to_v"), "ffn": ("up",)}  # masked
+TEMPERATURES = 4., .1                               # of the Gumbel-softmax, first and last [7]
 PHONE = 7, 12, 16                                   # latents of the 49 x 384 x 512 video that the paper's phone makes
 
 
@@ -42,24 +43,24 @@ def count_parameters(about):
 
 
 def shrink(about, groups, kept):
-    """What a generator is once `kept` of the units in each of the groups (blocks, heads, channels) are left."""
+    """What a generator is with `kept` units left in each of the groups (blocks, heads, channels)."""
     return SimpleNamespace(**vars(about) | {f: getattr(about, f) // m * n for f, m, n in zip(SIZES, groups, kept)})
 
 
 def fit_budget(about, groups, budget):
     """Units (blocks, heads, channels) that a group keeps, for at most `budget` parameters (share of them, if <= 1).
 
-    Ours: the paper's cuts of the three levels, scaled together, from nothing to the first setting that fits. Under one
-    billion, from the paper's server model, that is the paper's own.
+    Ours: the paper's cuts of the three levels, scaled together up to the first that fits; under 1e9 it is the paper's.
     """
     for name, m in zip(SIZES, groups, strict=True):
         if getattr(about, name) % m:
             raise Abort(f"--groups: groups of {m} do not divide the generator's {name} of {getattr(about, name)}")
     settings = (tuple(max(1, round(m * (1 - scale * cut))) for m, cut in zip(groups, PAPER_CUT))
                 for scale in np.arange(0, 4.001, .001))
+    limit = budget * count_parameters(about) if budget <= 1 else budget
     for kept, _ in itertools.groupby(settings):
         count = count_parameters(shrink(about, groups, kept))
-        if count <= (budget * count_parameters(about) if budget <= 1 else budget):
+        if count <= limit:
             return kept
     raise Abort(f"--budget {budget:g} cannot be met: one unit of each group makes {count:,} parameters; raise it")
 
@@ -75,13 +76,6 @@ class Candidates:
             self.masks[level] = F.one_hot(torch.tensor(subsets), m).sum(1).float()
             self.shapes[level] = (about.depth,) * (i > 0) + (units // m, len(subsets))           # of a level's logits
 
-    def describe(self):
-        for level, masks in self.masks.items():
-            (count, m), n, groups = masks.shape, int(masks[0].sum()), self.shapes[level][-2]
-            whole = math.comb(groups * m, groups * n)
-            print0(f"  {level:10} keeps {groups * n} of {groups * m}: {groups} x {n} of {m}, {count} candidates each; without "
-                   "groups", f"{whole:,}" if whole < 1e12 else f"about 10^{math.log10(whole):.0f}")
-
     def masks_of(self, choice):
         """One-hot choices (B, ..., groups, C) -> masks (B, depth) of blocks, (B, depth, units) of the other levels."""
         return {level: (choice[level] @ masks.to(choice[level])).flatten(-2) for level, masks in self.masks.items()}
@@ -91,7 +85,7 @@ class Candidates:
         return self.masks_of({k: F.one_hot(v.argmax(-1), v.shape[-1]).float()[None] for k, v in logits.items()})
 
 
-# ------------------------------------------------------------------------------------------------ masks and surgery
+# ------------------------------------------------------------------------------------------------ masks, surgery and search
 def hooked(changes):
     """A context in which a module's output y for its input x is change(x, y), if not None, for (module, change)s."""
     stack = ExitStack()
@@ -103,8 +97,7 @@ def hooked(changes):
 def masking(model, masks):
     """Changes for `hooked` under which the DiT computes as if the units of mask 0 were not there.
 
-    masks: blocks (B, depth), self_attn and cross_attn (B, depth, heads), ffn (B, depth, channels); B = 1 for all clips
-    alike. Heads are masked in q, k and v, before attention; channels before the GELU, which keeps zero.
+    masks: blocks (B, depth), self_attn and cross_attn (B, depth, heads), ffn (B, depth, channels); B = 1 for all alike.
     """
     changes = []
     for i, block in enumerate(model.blocks):
@@ -113,7 +106,7 @@ def masking(model, masks):
         for level, name in ((level, name) for level, names in LINEARS.items() for name in names):
             linear, m = getattr(getattr(block, level), name), masks[level][:, i, None]
             m = m.repeat_interleave(linear.out_features // m.shape[-1], -1)                      # (B, 1, D)
-            changes.append((linear, lambda x, y, m=m: y * m))  # Eq. (4)
+            changes.append((linear, lambda x, y, m=m: y * m))  # Eq. (4), heads before attention, channels before GELU
     return changes
 
 
@@ -142,47 +135,37 @@ def cut(model, about, masks):
     return student, small
 
 
-def picture(about, kept):
-    """Print the kept units, a line for each block: # is kept, . is cut; of the FFN the first 48 channels."""
-    row = lambda units, count: "".join(".#"[i in units] for i in range(count))
-    sizes = dict(self_attn=about.num_heads, cross_attn=about.num_heads, ffn=min(48, about.ffn_dim))
-    for i in range(about.depth):
-        rows = [f"{level} {row(kept[level][kept['blocks'].index(i)], n)}" for level, n in sizes.items()
-                if i in kept["blocks"]]
+def picture(masks):
+    """Print masks (B = 1), a line for each block: # is kept, . is cut; of the FFN the first 48 channels."""
+    for i, block in enumerate(masks["blocks"][0]):
+        rows = [f"{level} {''.join('.#'[int(m)] for m in masks[level][0, i, :48])}" for level in LINEARS if block]
         print0(f"  block {i:2}  {'  '.join(rows) or 'cut'}")
-
-
-# ------------------------------------------------------------------------------------------------ search
-TEMPERATURES = 4., .1  # of the Gumbel-softmax, first and last [7]
 
 
 def batch(cfg, cache, key, device):
     """x0, noise, t, text_emb and text_mask of a training step."""
     x0, *text = draw_batch(cache, cfg.batch_size, key, device)
-    text = drop_captions(*text, cfg.caption_dropout)
-    return x0, torch.randn_like(x0), logit_normal(cfg.batch_size, cfg.timestep_mean, 1., device), *text
+    t = logit_normal(cfg.batch_size, cfg.timestep_mean, 1., device)
+    return x0, torch.randn_like(x0), t, *drop_captions(*text, .1)  # 10% without caption, for guidance
 
 
 class Search(nn.Module):
-    """The frozen DiT under masks drawn for each clip, and a light update (LoRA) of its linears, for the search only.
-
-    With it the loss tells how well a choice recovers, not how low it is right after the cut, which misleads [7].
-    """
+    """The frozen DiT under masks drawn for each clip, and a light update (LoRA) of its linears, for the search only:
+    with it, the loss tells how well a choice recovers, and not how low it is right after the cut, which misleads [7]."""
 
     def __init__(self, model, candidates, rank=4):
         super().__init__()
         self.model, self.candidates = model, candidates
         self.logits = nn.ParameterDict({level: torch.zeros(shape) for level, shape in candidates.shapes.items()})
         self.linears = [m for m in model.blocks.modules() if isinstance(m, nn.Linear)]
-        self.lora = nn.ModuleList(nn.Sequential(nn.Linear(m.in_features, rank, bias=False),
-                                                nn.Linear(rank, m.out_features, bias=False)) for m in self.linears)
-        for _, up in self.lora:
-            nn.init.zeros_(up.weight)
+        self.down = nn.ParameterList(torch.randn(m.in_features, rank) / m.in_features ** .5 for m in self.linears)
+        self.up = nn.ParameterList(torch.zeros(rank, m.out_features) for m in self.linears)
 
     def forward(self, temperature, x0, *inputs):
         choice = {level: F.gumbel_softmax(v.expand(len(x0), *v.shape), temperature, hard=True)
                   for level, v in self.logits.items()}
-        updates = [(linear, lambda x, y, lora=lora: y + lora(x)) for linear, lora in zip(self.linears, self.lora)]
+        updates = [(linear, lambda x, y, down=down, up=up: y + x @ down @ up)
+                   for linear, down, up in zip(self.linears, self.down, self.up)]
         with hooked(updates + masking(self.model, self.candidates.masks_of(choice))):
             return flow_matching_loss(self.model, x0, *inputs)
 
@@ -191,8 +174,8 @@ def search(cfg, teacher, candidates, cache, run):
     """Learn which units to keep; returns the masks (B = 1) of the logits' moving average."""
     (device, rank, world), module, losses = run, Search(teacher, candidates).to(run[0]), []
     average_logits, cfg = copy.deepcopy(module.logits).requires_grad_(False), replace(cfg, steps=cfg.search_steps)
-    optimizers = [torch.optim.AdamW(part.parameters(), lr, weight_decay=0)
-                  for part, lr in ((module.logits, cfg.search_lr), (module.lora, cfg.lr))]
+    optimizers = [torch.optim.AdamW(module.logits.values(), cfg.search_lr, weight_decay=0),
+                  torch.optim.AdamW([*module.down, *module.up], cfg.lr, weight_decay=0)]
     trained = parallel(module, world)
     for step in progress(0, cfg.steps):
         temperature = np.interp(step, (0, cfg.steps - 1), TEMPERATURES).item()
@@ -200,8 +183,7 @@ def search(cfg, teacher, candidates, cache, run):
         update(loss, optimizers, step, cfg, cfg.out)
         average(average_logits, module.logits, .9, step)
         losses.append(loss.item())
-        if (step + 1) % cfg.log_every == 0:
-            print0(f"search {step + 1}/{cfg.steps}  loss {np.mean(losses[-cfg.log_every:]):.4f}")
+    print0(f"search: {cfg.steps} steps, loss {np.mean(losses[:10]):.4f} at first, {np.mean(losses[-10:]):.4f} at last")
     return candidates.read_out(dict(average_logits.items()))
 
 
@@ -222,13 +204,12 @@ class Student(nn.Module):
                                  for i in range(count)]
         with hooked(ends(self.model, y_s)):
             loss = flow_matching_loss(self.model, x0, noise, t, *text)
-        if not count:
-            return loss, loss.new_zeros(())
-        with hooked(ends(teacher, y_t)), torch.no_grad():
-            teacher(add_noise(x0, noise, t), t, *text)
+        if count:
+            with hooked(ends(teacher, y_t)), torch.no_grad():
+                teacher(add_noise(x0, noise, t), t, *text)
         # Ours: sim is the negative cosine, as in REPA [56]; the paper leaves it open.
         sims = [-F.cosine_similarity(a, f(b), dim=-1).mean() for a, b, f in zip(y_t, y_s, self.affine)]
-        return loss, sum(sims) / count  # Eq. (5)
+        return loss, sum(sims) / max(count, 1)  # Eq. (5)
 
 
 def finetune(cfg, model, teacher, cache, run, path, about=None):
@@ -246,7 +227,7 @@ def finetune(cfg, model, teacher, cache, run, path, about=None):
         flow, distill = trained(teacher, *batch(cfg, cache, (cfg.seed, step, rank), device))
         update(flow + cfg.alpha * distill, optimizers, step, cfg, path)  # Eq. (6)
         average(ema, model, cfg.ema, step)
-        losses.append((flow.item(), distill.item()))
+        losses.append((flow.item(), torch.as_tensor(distill).item()))
         if (step + 1) % cfg.log_every == 0:
             print0(f"step {step + 1}/{cfg.steps}  loss {{:.4f}}  distill {{:.4f}}  {(time.time() - began) / 60:.1f} min"
                    .format(*np.mean(losses[-cfg.log_every:], 0)))
@@ -270,16 +251,16 @@ def measure(cfg, model, vae, about, cache, device):
 
 
 def step_inputs(about, latent_shape, count, device):
-    """Latents, t, text_emb and text_mask for `count` clips whose latents are of that shape (f, h, w)."""
+    """What the DiT takes, for `count` clips whose latents have that shape (f, h, w)."""
     x = torch.randn(count, about.in_channels, *latent_shape, device=device)
-    return x, x[:, 0, 0, 0, 0], x.new_zeros(count, about.text_length, about.text_dim), x.new_ones(count, about.text_length)
+    text = x.new_zeros(count, about.text_length, about.text_dim)
+    return x, x[:, 0, 0, 0, 0], text, text[..., 0] + 1
 
 
 @torch.no_grad()
 def step_costs(models, about, latent_shape):
     """Median ms of a denoising step, GFLOPs and peak MB, weights included, of each model; timed in turns."""
-    times, costs = np.zeros((17, len(models))), []
-    inputs = step_inputs(about, latent_shape, 1, models[0].proj_in.weight.device)
+    times, costs, inputs = np.zeros((17, len(models))), [], step_inputs(about, latent_shape, 1, models[0].table.device)
     for i, j in np.ndindex(times.shape):
         began = time.perf_counter()
         models[j](*inputs).sum().item()                                  # .item() waits for a GPU
@@ -294,13 +275,6 @@ def step_costs(models, about, latent_shape):
     return costs
 
 
-def tabulate(rows, path):
-    """Print the last of the rows (dicts), the first below a header, and write all to path."""
-    for cells in [list(rows[0])] * (len(rows) == 1) + [rows[-1].values()]:
-        print0(*(f"{v:10.4g}" if isinstance(v, float) else f"{v:>10}" for v in cells))
-    Path(path).write_text(json.dumps(rows, indent=1))
-
-
 def sensitivity(cfg, teacher, vae, about, cache, run):
     """Fig. 3: prune each level alone, progressively. Ours: no fine-tuning; what goes is searched at every strength."""
     rows, settings = [], [("none", cfg.groups)]
@@ -309,10 +283,10 @@ def sensitivity(cfg, teacher, vae, about, cache, run):
     for level, kept in settings:
         own = replace(cfg, search_steps=cfg.search_steps * (level != "none"))
         model, small = cut(teacher, about, search(own, teacher, Candidates(about, cfg.groups, kept), cache, run))
-        whole, cost = step_costs([teacher, model], about, PHONE)
-        rows.append(dict(level=level, kept=getattr(small, level, "all"), **cost, speedup=whole["step_ms"] / cost["step_ms"],
-                         **measure(cfg, model, vae, small, cache, run[0])))
-        tabulate(rows, f"{cfg.out}/sensitivity.json")
+        (whole, cost), size = step_costs([teacher, model], about, PHONE), getattr(small, level, 0)
+        row = cost | dict(speedup=whole["step_ms"] / cost["step_ms"]) | measure(cfg, model, vae, small, cache, run[0])
+        rows.append(dict(level=level, kept=size, **summary(f"{level} {size or ''}", row)))
+    Path(cfg.out, "sensitivity.json").write_text(json.dumps(rows, indent=1))
     return {f"{row['level']}_{row['kept']}_loss": row["loss"] for row in rows}
 
 
@@ -326,11 +300,12 @@ def most_weight(model, candidates):
             weight[level]) for level, masks in candidates.masks.items()})
 
 
-def ablation(cfg, teacher, vae, about, candidates, size, cache, run, trained):
-    """Table 4 at equal total steps, and two more rows: as many random units, and those of most weight.
+def ablation(cfg, teacher, vae, about, kept, cache, run, trained):
+    """Table 4 at equal total steps, and the same cut with random units and with those of most weight.
 
-    size: parameters of the pruned DiT; trained: the teacher's steps, lr and muon_lr, also for what starts from nothing.
+    trained: the teacher's steps, lr and muon_lr, which what starts from nothing gets too.
     """
+    candidates, size = Candidates(about, cfg.groups, kept), count_parameters(shrink(about, cfg.groups, kept))
     closest = lambda changes: min((SimpleNamespace(**vars(about) | c) for c in changes),
                                   key=lambda small: abs(count_parameters(small) - size))
     scratch = {"shallow": closest(dict(depth=n) for n in range(1, about.depth)), "narrow": closest(
@@ -349,13 +324,13 @@ def ablation(cfg, teacher, vae, about, candidates, size, cache, run, trained):
             masks = {"random": candidates.read_out({k: torch.rand(shape) for k, shape in candidates.shapes.items()}),
                      "magnitude": most_weight(teacher, candidates)}.get(method, learned)
             model, small = cut(teacher, about, masks)
-        before = measure(replace(cfg, score_clips=0), model, vae, small, cache, run[0])["loss"]
         ema = finetune(own, model, teacher, cache, run, cfg.out)
-        rows.append(dict(method=method, seed=seed, steps=own.steps, loss_before=before,
-                         **measure(cfg, ema, vae, small, cache, run[0]), cpu_minutes=(time.process_time() - began) / 60))
-        tabulate(rows, f"{cfg.out}/ablation.json")
-    for method, k in itertools.product(methods, ("loss", "semantic", "quality", "total")):
-        values = [row.get(k, math.nan) for row in rows if row["method"] == method]
+        row = dict(steps=own.steps, cpu_minutes=(time.process_time() - began) / 60)
+        row |= measure(cfg, ema, vae, small, cache, run[0])
+        rows.append(dict(method=method, seed=seed, **summary(f"{method}, seed {seed}:", row)))
+    Path(cfg.out, "ablation.json").write_text(json.dumps(rows, indent=1))
+    for method, k in itertools.product(methods, list(row)[3:]):
+        values = [row[k] for row in rows if row["method"] == method]
         figures[f"{method}_{k}"], spread = np.mean(values).item(), np.std(values).item()
         print0(f"{method:10} {k:10} {figures[f'{method}_{k}']:.3f} +- {spread:.3f} of {cfg.seeds} seeds")
     return figures
@@ -369,13 +344,12 @@ class Config(LaterStage):
     groups: tuple = flag((3, 3, 6), "blocks, heads and FFN channels that make a group")
     search_steps: int = flag(60, "steps of the search for the units to keep")
     search_lr: float = flag(.1, "learning rate of the candidates' logits")
-    steps: int = flag(500, "fine-tuning steps")
+    steps: int = flag(550, "fine-tuning steps")
     batch_size: int = flag(24, "clips per process and step")
-    lr: float = flag(1e-3, "AdamW's learning rate")
-    muon_lr: float = flag(.01, "Muon's, for the blocks' matrices; 0: AdamW trains them too")
+    lr: float = flag(2e-3, "AdamW's learning rate")
+    muon_lr: float = flag(.02, "Muon's, for the blocks' matrices; 0: AdamW trains them too")
     alpha: float = flag(.01, "weight of KD (Sec. 4.2.2); 0: without")
     timestep_mean: float = flag(.5, "Ours: t is the sigmoid of a normal variable [6] of this mean, deviation 1")
-    caption_dropout: float = flag(.1, "share of clips that train without caption, for guidance")
     ema: float = flag(.98, "rate of the weights' moving average, which is what later stages use")
     score_clips: int = flag(48, "unseen captions whose samples are scored; 0 for none")
     save_every: int = flag(250, "steps between checkpoints")
@@ -395,17 +369,16 @@ PRESETS = {"toy": {}, "paper": dict(  # Sec. 4.2.1. Ours: the numbers of steps, 
 def main(cfg):
     """Prune and fine-tune, or make a table; returns the figures of the summary line."""
     began, run, path = time.time(), setup(cfg.seed), Path(cfg.out) / "pruned.pt"
-    (device, rank, world), init = run, Path(cfg.init or f"{cfg.out}/dit.pt")
-    if cfg.dry_run:
-        about = SimpleNamespace(**vars(dit.Config(**dit.PRESETS[cfg.preset])), compression=(8, 32))
-    else:
-        teacher, about = load_dit(init, device=device, data=cfg.data)
+    (device, rank, world), init = run, cfg.init or f"{cfg.out}/dit.pt"
+    teacher, about = (None, SimpleNamespace(**vars(dit.Config(**dit.PRESETS[cfg.preset])), compression=(8, 32))) \
+        if cfg.dry_run else load_dit(init, device=device, data=cfg.data)
     kept = fit_budget(about, cfg.groups, cfg.budget)
-    small = shrink(about, cfg.groups, kept)
-    size, size_teacher = count_parameters(small), count_parameters(about)
-    print0(f"prune: {size:,} parameters from {size_teacher:,}")
-    candidates = Candidates(about, cfg.groups, kept)
-    candidates.describe()
+    small, candidates = shrink(about, cfg.groups, kept), Candidates(about, cfg.groups, kept)
+    print0(f"prune: {count_parameters(small):,} parameters from {count_parameters(about):,}")
+    for (level, masks), size in zip(candidates.masks.items(), (SIZES[0], SIZES[1], *SIZES[1:])):
+        part, whole = getattr(small, size), getattr(about, size)
+        count = f"{math.comb(whole, part):,}" if whole < 99 else f"10^{math.log10(math.comb(whole, part)):.0f}"
+        print0(f"  {level:10} keeps {part} of {whole}: {len(masks)} choices in each {masks.shape[1]}, {count} without groups")
     if cfg.dry_run:
         with torch.device("meta"):
             student, teacher = Student(build(small), about.depth // cfg.groups[0], about.width), build(about)
@@ -419,15 +392,16 @@ def main(cfg):
         return summary("PRUNE", sensitivity(cfg, teacher, vae, about, cache, run), began)
     if cfg.ablation:
         trained = {k: load(init)["config"][k] for k in ("steps", "lr", "muon_lr")}
-        return summary("PRUNE", ablation(cfg, teacher, vae, about, candidates, size, cache, run, trained), began)
+        return summary("PRUNE", ablation(cfg, teacher, vae, about, kept, cache, run, trained), began)
     if cfg.resume:
         saved = load(path, finished=False)["generator"]
         if any(saved[k] != v for k, v in vars(small).items() if k not in ("out", "kept")):
             raise Abort(f"{path} was not pruned from {init} as that is now: start again without --resume")
         small.kept, model = saved["kept"], build(small).to(device)
     else:
-        model, small = cut(teacher, about, search(cfg, teacher, candidates, cache, run))
-    picture(about, small.kept)
+        masks = search(cfg, teacher, candidates, cache, run)
+        picture(masks)
+        model, small = cut(teacher, about, masks)
     ema = finetune(cfg, model, teacher, cache, run, path, small)
     figures = {k + name: v for name, model, what in (("", ema, small), ("_teacher", teacher, about))
                for k, v in measure(cfg, model, vae, what, cache, device).items()}

@@ -795,11 +795,9 @@ def test_candidates_and_budgets():
             assert set(map(tuple, masks.tolist())) == brute and len(masks) == math.factorial(m) / (
                 math.factorial(n) * math.factorial(m - n))
     paper = SimpleNamespace(**vars(dit.Config(**dit.PRESETS["paper"])), compression=(8, 32))
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        prune.Candidates(paper, (7, 16, 4), (5, 13, 3)).describe()           # 26 of 32 heads, the paper's example
-    assert "without groups 906,192" in out.getvalue() and "without groups 3,108,105" in out.getvalue(), out.getvalue()
-    kept = prune.fit_budget(paper, (7, 8, 4), 1e9)
-    assert kept == (5, 5, 3) and prune.count_parameters(prune.shrink(paper, (7, 8, 4), kept)) == 960_221_312
+    _, out, _ = command(prune, "--preset", "paper", "--dry_run")
+    assert all(text in out for text in ("960,221,312 parameters from 1,917,094,016", "keeps 20 of 32: 56 choices in each 8",
+                                        f"{math.factorial(28) // math.factorial(20) // math.factorial(8):,}")), out
     before, whole = (1, 1, 1), prune.count_parameters(about)
     for share in sorted(.45 + .6 * torch.rand(10).double()):
         kept = prune.fit_budget(about, (4, 4, 4), share.item() * (1 if share <= 1 else whole))
@@ -807,7 +805,7 @@ def test_candidates_and_budgets():
         assert sum(p.numel() for p in small.parameters()) <= share * whole and all(map(int.__ge__, kept, before))
         assert kept[1] <= kept[2]                                            # heads go before channels
         before = kept
-    assert kept == (4, 4, 4)
+    assert prune.fit_budget(about, (4, 4, 4), 1.) == (4, 4, 4)
 
 
 def test_search_finds_the_best_and_leaves_no_trace():
@@ -819,7 +817,7 @@ def test_search_finds_the_best_and_leaves_no_trace():
     assert same(dict(model.state_dict()), dict(before)) and not any(m._forward_hooks for m in model.modules())
     sum(module(4., *(torch.cat([y] * 8) for y in (x, x + 1, t, text, mask))) for _ in range(4)).backward()
     assert all((p.grad != 0).all() for p in module.logits.values()) and all(p.grad is None for p in model.parameters())
-    assert all(down.weight.grad is not None for down, _ in module.lora)
+    assert all(up.grad.abs().max() > 0 for up in module.up)
     distance = lambda *_: sum((mask - best[level]).square().sum(-1).mean() for level, mask in drawn.pop().items())
     with patch.object(prune, "masking", lambda _, masks: drawn.append(masks) or []), \
             patch.object(prune, "flow_matching_loss", distance), patch.object(prune, "batch", lambda *_: (x, x)):
@@ -887,7 +885,7 @@ def test_tables_of_fig_3_and_table_4(folder):
     cfg, whole = replace(TINY_PRUNE, out=str(folder)), vae.load(folder / "dit.pt")
     prune.main(replace(cfg, sensitivity=True))
     rows = json.loads((folder / "sensitivity.json").read_text())
-    assert [(r["level"], r["kept"]) for r in rows] == [("none", "all"), ("depth", 1), ("num_heads", 1), *(
+    assert [(r["level"], r["kept"]) for r in rows] == [("none", 0), ("depth", 1), ("num_heads", 1), *(
         ("ffn_dim", n) for n in (48, 32, 16))]
     for a, b in itertools.pairwise(rows[2:]):
         assert all(a[k] > b[k] for k in ("parameters", "gflops", "peak_mb")) or b["kept"] == 48, rows
@@ -897,8 +895,6 @@ def test_tables_of_fig_3_and_table_4(folder):
     assert len(rows) == 12 and {r["steps"] for r in rows if r["method"] in ("narrow", "shallow")} == {4 + 4 + 2}
     losses = [r["loss"] for r in rows if r["method"] == "random"]
     assert abs(figures["random_loss"] - sum(losses) / 2) < 1e-9 and losses[0] != losses[1]
-    same_cut = [r["loss_before"] for r in rows if r["method"] in ("tri-level", "no KD") and r["seed"] == 0]
-    assert same_cut[0] == same_cut[1]
 
 
 # ------------------------------------------------------------------------------------------------ distill.py
