@@ -85,7 +85,7 @@ class Candidates:
         return self.masks_of({k: F.one_hot(v.argmax(-1), v.shape[-1]).float()[None] for k, v in logits.items()})
 
 
-# ------------------------------------------------------------------------------------------------ masks, surgery and search
+# -------------------------------------------------------------------------------------------- masks, surgery, search
 def hooked(changes):
     """A context in which a module's output y for its input x is change(x, y), if not None, for (module, change)s."""
     stack = ExitStack()
@@ -112,13 +112,9 @@ def masking(model, masks):
 
 @torch.no_grad()
 def cut(model, about, masks):
-    """Dense surgery: an ordinary, smaller DiT without the units of mask 0 (B = 1), and what it is, kept units included.
-
-    The QK norm is over all heads, of which masked ones are zero; the weights take up the factor by which it changes.
-    """
-    masks = {level: mask[0] for level, mask in masks.items()}
-    blocks = masks["blocks"].nonzero().flatten().tolist()
-    kept = {level: [masks[level][i].nonzero().flatten().tolist() for i in blocks] for level in LINEARS}
+    """Dense surgery: the ordinary DiT without the units of mask 0 (B = 1), and what it is, with the kept units."""
+    blocks = masks["blocks"][0].nonzero().flatten().tolist()
+    kept = {level: [masks[level][0, i].nonzero().flatten().tolist() for i in blocks] for level in LINEARS}
     small = SimpleNamespace(**vars(about) | dict(depth=len(blocks), num_heads=len(kept["self_attn"][0]),
                                                  ffn_dim=len(kept["ffn"][0]), kept={"blocks": blocks, **kept}))
     state = {name: value for name, value in model.state_dict().items() if not name.startswith("blocks.")}
@@ -126,20 +122,13 @@ def cut(model, about, masks):
         for name, value in model.blocks[i].state_dict().items():
             level, _, leaf = name.partition(".")
             if level in LINEARS and leaf not in ("to_out.bias", "down.bias"):
-                mask, side = masks[level][i], int(leaf in ("to_out.weight", "down.weight"))      # rows, or columns
+                mask, side = masks[level][0, i], int(leaf in ("to_out.weight", "down.weight"))      # rows, or columns
                 value = value.index_select(side, mask.repeat_interleave(value.shape[side] // len(mask)).nonzero()[:, 0])
-                value = value / mask.mean().sqrt() if leaf.startswith("norm") else value
+                value = value / mask.mean().sqrt() if leaf.startswith("norm") else value         # its mean had zeros
             state[f"blocks.{j}.{name}"] = value
     student = build(small).to(model.proj_in.weight.device)
     student.load_state_dict(state)
     return student, small
-
-
-def picture(masks):
-    """Print masks (B = 1), a line for each block: # is kept, . is cut; of the FFN the first 48 channels."""
-    for i, block in enumerate(masks["blocks"][0]):
-        rows = [f"{level} {''.join('.#'[int(m)] for m in masks[level][0, i, :48])}" for level in LINEARS if block]
-        print0(f"  block {i:2}  {'  '.join(rows) or 'cut'}")
 
 
 def batch(cfg, cache, key, device):
@@ -150,13 +139,13 @@ def batch(cfg, cache, key, device):
 
 
 class Search(nn.Module):
-    """The frozen DiT under masks drawn for each clip, and a light update (LoRA) of its linears, for the search only:
-    with it, the loss tells how well a choice recovers, and not how low it is right after the cut, which misleads [7]."""
+    """The frozen DiT under masks drawn for each clip, and a light update (LoRA) of its linears, thrown away after."""
 
     def __init__(self, model, candidates, rank=4):
         super().__init__()
         self.model, self.candidates = model, candidates
         self.logits = nn.ParameterDict({level: torch.zeros(shape) for level, shape in candidates.shapes.items()})
+        # The update makes the loss tell how a choice recovers, not how low it is after the cut, which misleads [7].
         self.linears = [m for m in model.blocks.modules() if isinstance(m, nn.Linear)]
         self.down = nn.ParameterList(torch.randn(m.in_features, rank) / m.in_features ** .5 for m in self.linears)
         self.up = nn.ParameterList(torch.zeros(rank, m.out_features) for m in self.linears)
@@ -253,8 +242,7 @@ def measure(cfg, model, vae, about, cache, device):
 def step_inputs(about, latent_shape, count, device):
     """What the DiT takes, for `count` clips whose latents have that shape (f, h, w)."""
     x = torch.randn(count, about.in_channels, *latent_shape, device=device)
-    text = x.new_zeros(count, about.text_length, about.text_dim)
-    return x, x[:, 0, 0, 0, 0], text, text[..., 0] + 1
+    return x, x[:, 0, 0, 0, 0], *(x.new_ones(count, about.text_length, *more) for more in ((about.text_dim,), ()))
 
 
 @torch.no_grad()
@@ -290,22 +278,14 @@ def sensitivity(cfg, teacher, vae, about, cache, run):
     return {f"{row['level']}_{row['kept']}_loss": row["loss"] for row in rows}
 
 
-def most_weight(model, candidates):
-    """Masks (B = 1) of the candidates whose units have the most weight: sums of squares of what makes them."""
-    weight = {level: torch.stack([sum(getattr(getattr(block, level), name).weight.square().sum(1) for name in names)
-                                  for block in model.blocks]) for level, names in LINEARS.items()}   # (depth, D)
-    weight["blocks"] = sum(w.sum(1) for w in weight.values())                                        # (depth,)
-    return candidates.read_out({
-        level: weight[level].unflatten(-1, (candidates.shapes[level][-2], masks.shape[1], -1)).sum(-1) @ masks.T.to(
-            weight[level]) for level, masks in candidates.masks.items()})
-
-
 def ablation(cfg, teacher, vae, about, kept, cache, run, trained):
-    """Table 4 at equal total steps, and the same cut with random units and with those of most weight.
-
-    trained: the teacher's steps, lr and muon_lr, which what starts from nothing gets too.
-    """
+    """Table 4 at equal total steps, and the same cut with random units and with those of most weight."""
     candidates, size = Candidates(about, cfg.groups, kept), count_parameters(shrink(about, cfg.groups, kept))
+    weight = {level: torch.stack([sum(getattr(getattr(block, level), name).weight.square().sum(1) for name in names)
+                                  for block in teacher.blocks]) for level, names in LINEARS.items()}   # (depth, D)
+    weight["blocks"] = sum(w.sum(1) for w in weight.values())                                          # (depth,)
+    weight = {level: weight[level].unflatten(-1, (candidates.shapes[level][-2], masks.shape[1], -1)).sum(-1) @ masks.T
+              .to(weight[level]) for level, masks in candidates.masks.items()}                         # as the logits
     closest = lambda changes: min((SimpleNamespace(**vars(about) | c) for c in changes),
                                   key=lambda small: abs(count_parameters(small) - size))
     scratch = {"shallow": closest(dict(depth=n) for n in range(1, about.depth)), "narrow": closest(
@@ -316,13 +296,14 @@ def ablation(cfg, teacher, vae, about, kept, cache, run, trained):
         torch.manual_seed(seed)
         began, own = time.process_time(), replace(cfg, seed=seed, alpha=cfg.alpha * (method == "tri-level"))
         if method in scratch:
-            own = replace(own, **trained | {"steps": trained["steps"] + cfg.search_steps + cfg.steps})
+            own = replace(own, steps=trained["steps"] + cfg.search_steps + cfg.steps,  # what the teacher got, too
+                          lr=trained["lr"], muon_lr=trained["muon_lr"])
             model, small = build(scratch[method]).to(run[0]), scratch[method]
         else:
             if method == "tri-level":
                 learned = search(own, teacher, candidates, cache, run)
             masks = {"random": candidates.read_out({k: torch.rand(shape) for k, shape in candidates.shapes.items()}),
-                     "magnitude": most_weight(teacher, candidates)}.get(method, learned)
+                     "magnitude": candidates.read_out(weight)}.get(method, learned)
             model, small = cut(teacher, about, masks)
         ema = finetune(own, model, teacher, cache, run, cfg.out)
         row = dict(steps=own.steps, cpu_minutes=(time.process_time() - began) / 60)
@@ -331,8 +312,8 @@ def ablation(cfg, teacher, vae, about, kept, cache, run, trained):
     Path(cfg.out, "ablation.json").write_text(json.dumps(rows, indent=1))
     for method, k in itertools.product(methods, list(row)[3:]):
         values = [row[k] for row in rows if row["method"] == method]
-        figures[f"{method}_{k}"], spread = np.mean(values).item(), np.std(values).item()
-        print0(f"{method:10} {k:10} {figures[f'{method}_{k}']:.3f} +- {spread:.3f} of {cfg.seeds} seeds")
+        figures[f"{method}_{k}"] = np.mean(values).item()
+        print0(f"{method:10} {k:10} {np.mean(values):.3f} +- {np.std(values):.3f} of {cfg.seeds} seeds")
     return figures
 
 
@@ -378,7 +359,7 @@ def main(cfg):
     for (level, masks), size in zip(candidates.masks.items(), (SIZES[0], SIZES[1], *SIZES[1:])):
         part, whole = getattr(small, size), getattr(about, size)
         count = f"{math.comb(whole, part):,}" if whole < 99 else f"10^{math.log10(math.comb(whole, part)):.0f}"
-        print0(f"  {level:10} keeps {part} of {whole}: {len(masks)} choices in each {masks.shape[1]}, {count} without groups")
+        print0(f"  {level:10} {part} of {whole}: {len(masks)} choices in each {masks.shape[1]}; {count} without groups")
     if cfg.dry_run:
         with torch.device("meta"):
             student, teacher = Student(build(small), about.depth // cfg.groups[0], about.width), build(about)
@@ -391,8 +372,7 @@ def main(cfg):
     if cfg.sensitivity:
         return summary("PRUNE", sensitivity(cfg, teacher, vae, about, cache, run), began)
     if cfg.ablation:
-        trained = {k: load(init)["config"][k] for k in ("steps", "lr", "muon_lr")}
-        return summary("PRUNE", ablation(cfg, teacher, vae, about, kept, cache, run, trained), began)
+        return summary("PRUNE", ablation(cfg, teacher, vae, about, kept, cache, run, load(init)["config"]), began)
     if cfg.resume:
         saved = load(path, finished=False)["generator"]
         if any(saved[k] != v for k, v in vars(small).items() if k not in ("out", "kept")):
@@ -400,7 +380,9 @@ def main(cfg):
         small.kept, model = saved["kept"], build(small).to(device)
     else:
         masks = search(cfg, teacher, candidates, cache, run)
-        picture(masks)
+        for i, block in enumerate(masks["blocks"][0]):  # as a picture: # is kept, . is cut
+            rows = [f"{level} {''.join('.#'[int(m)] for m in masks[level][0, i, :48])}" for level in LINEARS if block]
+            print0(f"  block {i:2}  {'  '.join(rows) or 'cut'}")
         model, small = cut(teacher, about, masks)
     ema = finetune(cfg, model, teacher, cache, run, path, small)
     figures = {k + name: v for name, model, what in (("", ema, small), ("_teacher", teacher, about))

@@ -724,34 +724,15 @@ def random_masks(candidates, count=1):
 
 
 def slow_dit(model, masks, x, t, text, mask):
-    """Eq. 3 and 4 written out, for one clip and masks of no batch: what is masked is skipped, or zeroed one by one."""
-    x, embedded, (modulation, text, bias, rope) = model.embed(x, t, text, mask)
-    for i, block in enumerate(model.blocks):
-        if masks["blocks"][i] == 0:
-            continue
-        shift1, scale1, gate1, shift2, scale2, gate2 = (block.table + modulation)[0]
-
-        def masked(linear, x, units):
-            y = linear(x)
-            for unit, keep in enumerate(units.tolist()):
-                for channel in range(unit * y.shape[-1] // len(units), (unit + 1) * y.shape[-1] // len(units)):
-                    y[..., channel] *= keep
-            return y
-
-        def attend(attn, x, context, units, bias, rope):
-            q, k, v = (masked(linear, y, units) for linear, y in ((attn.to_q, x), (attn.to_k, context),
-                                                                  (attn.to_v, context)))
-            q, k = dit.rms_norm(q, attn.norm_q, 1e-5), dit.rms_norm(k, attn.norm_k, 1e-5)
-            q, k = (dit.rotate(y, *(table.flatten(1) for table in rope)) if rope else y for y in (q, k))
-            q, k, v = (y.unflatten(-1, (len(units), -1)).transpose(1, 2) for y in (q, k, v))
-            weights = (q @ k.mT / q.shape[-1] ** .5 + bias).softmax(-1)
-            return attn.to_out((weights @ v).transpose(1, 2).flatten(2))
-
-        y = dit.rms_norm(x) * (1 + scale1) + shift1
-        x = x + gate1 * attend(block.self_attn, y, y, masks["self_attn"][i], 0, rope)
-        x = x + attend(block.cross_attn, x, text, masks["cross_attn"][i], bias, None)
-        y = masked(block.ffn.up, dit.rms_norm(x) * (1 + scale2) + shift2, masks["ffn"][i])
-        x = x + gate2 * block.ffn.down(F.gelu(y, approximate="tanh"))
+    """The DiT for one clip without blocks of mask 0, and with zeros for the weights that make other units of mask 0."""
+    x, embedded, conditions = model.embed(x, t, text, mask)
+    for i, block in enumerate(copy.deepcopy(model.blocks)):
+        for level, name in (*itertools.product(("self_attn", "cross_attn"), ("to_q", "to_k", "to_v")), ("ffn", "up")):
+            linear = getattr(getattr(block, level), name)
+            for unit in (masks[level][i] == 0).nonzero()[:, 0].tolist():
+                rows = slice(*(len(linear.weight) * k // masks[level].shape[1] for k in (unit, unit + 1)))
+                linear.weight[rows], linear.bias[rows] = 0, 0
+        x = block(x, *conditions) if masks["blocks"][i] else x
     return model.unembed(x, embedded, (2, 3, 2))
 
 
@@ -794,9 +775,9 @@ def test_candidates_and_budgets():
             brute = {bits for bits in itertools.product((0., 1.), repeat=m) if sum(bits) == n}
             assert set(map(tuple, masks.tolist())) == brute and len(masks) == math.factorial(m) / (
                 math.factorial(n) * math.factorial(m - n))
-    paper = SimpleNamespace(**vars(dit.Config(**dit.PRESETS["paper"])), compression=(8, 32))
+    assert math.comb(32, 6) == 906_192                                       # the paper's example
     _, out, _ = command(prune, "--preset", "paper", "--dry_run")
-    assert all(text in out for text in ("960,221,312 parameters from 1,917,094,016", "keeps 20 of 32: 56 choices in each 8",
+    assert all(text in out for text in ("960,221,312 parameters from 1,917,094,016", "20 of 32: 56 choices in each 8",
                                         f"{math.factorial(28) // math.factorial(20) // math.factorial(8):,}")), out
     before, whole = (1, 1, 1), prune.count_parameters(about)
     for share in sorted(.45 + .6 * torch.rand(10).double()):
@@ -826,30 +807,27 @@ def test_search_finds_the_best_and_leaves_no_trace():
 
 
 def test_kd_is_eq_5():
-    (teacher, about), (x, t, text, mask), noise = tiny_generator(), tiny_inputs(), torch.randn(2, 8, 2, 3, 2)
+    (teacher, about), (x0, t, text, mask), noise = tiny_generator(), tiny_inputs(), torch.randn(2, 8, 2, 3, 2)
     model, _ = prune.cut(teacher, about, random_masks(prune.Candidates(about, (2, 4, 4), (1, 2, 3))))
-    student = prune.Student(model, 2, 32)
-    for affine in student.affine:
-        close(affine(x := torch.randn(3, 32)), x)                            # its start
+    student, x_t = prune.Student(model, 2, 32), torch.stack([(1 - s) * a + s * n for s, a, n in zip(t, x0, noise)])
+    assert torch.equal(student.affine[0](x0.flatten(1)[:, :32]), x0.flatten(1)[:, :32])          # its start
+    cosines = []
+    for affine, *ends in zip(student.affine, (1, 3), (0, 1)):
         torch.nn.init.normal_(affine.weight), torch.nn.init.normal_(affine.bias)
-    x0 = torch.randn_like(noise)
+        features = []
+        for net, end in zip((teacher, model), ends):
+            y, _, conditions = net.embed(x_t, t, text, mask)
+            for block in net.blocks[:end + 1]:
+                y = block(y, *conditions)
+            features.append(y.detach().flatten(0, 1).numpy())
+        a, b = features[0], features[1] @ affine.weight.detach().numpy().T + affine.bias.detach().numpy()
+        cosines += [np.dot(p, q) / np.linalg.norm(p) / np.linalg.norm(q) for p, q in zip(a, b)]
     flow, distill = student(teacher, x0, noise, t, text, mask)
-    x_t, features = torch.stack([(1 - s) * a + s * n for s, a, n in zip(t, x0, noise)]), {}
-    for name, dit_model, ends in (("teacher", teacher, (1, 3)), ("student", model, (0, 1))):
-        y, _, conditions = dit_model.embed(x_t, t, text, mask)
-        features[name] = []
-        for i, block in enumerate(dit_model.blocks):
-            y = block(y, *conditions)
-            features[name] += [y] * (i in ends)
-    cosines = [np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)
-               for y_t, y_s, f in zip(*features.values(), student.affine)
-               for a, b in zip(y_t.detach().flatten(0, 1).numpy(),
-                               (y_s @ f.weight.T + f.bias).detach().flatten(0, 1).numpy())]
     assert abs(distill.item() + np.mean(cosines)) < 1e-5 and len(cosines) == 2 * 2 * 12
     close(flow, dit.flow_matching_loss(model, x0, noise, t, text, mask))
     distill.backward()
-    assert all(p.grad is None for p in teacher.parameters()) and model.proj_in.weight.grad.abs().max() > 0
-    assert all(p.grad.abs().max() > 0 for p in student.affine.parameters()) and model.proj_out.weight.grad is None
+    assert all(p.grad is None for p in teacher.parameters()) and model.proj_out.weight.grad is None
+    assert all(p.grad.abs().max() > 0 for p in (*student.affine.parameters(), model.proj_in.weight))
 
 
 def test_prune_resumes_to_the_same_bits_and_says_what_is_wrong(folder):
