@@ -91,6 +91,7 @@ class Attention(nn.Module):
     def __init__(self, width, num_heads, head_dim):
         super().__init__()
         self.num_heads, self.head_dim, inner = num_heads, head_dim, num_heads * head_dim
+        self.eps = 1e-5 * width / inner  # LTX's; more once heads are pruned, whose zeros the mean no longer counts
         self.norm_q, self.norm_k = nn.Parameter(torch.ones(inner)), nn.Parameter(torch.ones(inner))
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, inner) for _ in range(3))
         self.to_out = nn.Linear(inner, width)
@@ -99,8 +100,8 @@ class Attention(nn.Module):
     def forward(self, x, context=None, bias=None, rope=None):
         """x (B, N, D), context (B, L, D) or None for x itself, bias (B, 1, 1, L), rope two of (N, heads, ...)."""
         context = x if context is None else context
-        q = rms_norm(self.to_q(x), self.norm_q, 1e-5)                                            # (B, N, inner)
-        k = rms_norm(self.to_k(context), self.norm_k, 1e-5)                                      # (B, L, inner)
+        q = rms_norm(self.to_q(x), self.norm_q, self.eps)                                        # (B, N, inner)
+        k = rms_norm(self.to_k(context), self.norm_k, self.eps)                                  # (B, L, inner)
         v = self.to_v(context)
         if rope is not None:
             cos, sin = (table[:, self.head_ids].flatten(1) for table in rope)                    # (N, inner // 2)
