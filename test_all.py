@@ -713,7 +713,7 @@ def tiny_generator(**changes):
                             compression=(8, 32))
     model = dit.build(about).requires_grad_(False)
     for name, weight in model.named_parameters():
-        weight.add_(torch.randn_like(weight) * (1. if "norm" in name else .4))
+        weight.add_(torch.randn_like(weight) * (1. if "norm" in name else .2))
     return model, about
 
 
