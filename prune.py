@@ -325,7 +325,7 @@ class Config(LaterStage):
     groups: tuple = flag((3, 3, 6), "blocks, heads and FFN channels that make a group")
     search_steps: int = flag(60, "steps of the search for the units to keep")
     search_lr: float = flag(.1, "learning rate of the candidates' logits")
-    steps: int = flag(550, "fine-tuning steps")
+    steps: int = flag(750, "fine-tuning steps")
     batch_size: int = flag(24, "clips per process and step")
     lr: float = flag(2e-3, "AdamW's learning rate")
     muon_lr: float = flag(.02, "Muon's, for the blocks' matrices; 0: AdamW trains them too")
