@@ -381,6 +381,12 @@ def load_dit(path, stage=None, device="cpu", data=""):
     return model.eval().requires_grad_(False).to(device), about
 
 
+def find_generator(folder, checkpoint=""):
+    """Path of the named checkpoint, or of the latest stage's in a folder."""
+    stages = [Path(folder) / f"{stage}.pt" for stage in ("distilled", "pruned", "dit")]
+    return Path(checkpoint or next((path for path in stages if path.exists()), stages[-1]))
+
+
 @torch.no_grad()
 def generate(model, vae, text, shape, times, guidance_scale, seed=0):
     """text = (text_emb, text_mask) -> video (B, 3, F, H, W) in [-1, 1] on the CPU. Clip i's noise has seed + i."""
