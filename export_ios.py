@@ -164,9 +164,8 @@ class Program:
 
     def __init__(self, path):
         from coremltools.proto import MIL_pb2, Model_pb2
-        folder, self.path = Path(path) / "Data" / "com.apple.CoreML", Path(path)
-        self.weights = np.memmap(folder / "weights" / "weight.bin", np.uint8, "c")
-        self.model = Model_pb2.Model.FromString((folder / "model.mlmodel").read_bytes())
+        self.path, self.folder = Path(path), Path(path) / "Data" / "com.apple.CoreML"
+        self.model = Model_pb2.Model.FromString((self.folder / "model.mlmodel").read_bytes())
         function, self.constants, self.ops = self.model.mlProgram.functions["main"], {}, []
         block = function.block_specializations[function.opset]
         declared = lambda v: (MIL_pb2.DataType.Name(v.type.tensorType.dataType),
@@ -186,9 +185,9 @@ class Program:
     def constant(self, value, kind, shape):
         """A tensor, if of floats or of weights of 4 or 8 bits; else a plain number or string, or a list of them."""
         if value.HasField("blobFileValue"):  # its header says how many bytes there are, and where
-            offset = value.blobFileValue.offset
-            size, start = self.weights[offset + 8:offset + 24].view(np.uint64).tolist()
-            numbers = torch.from_numpy(self.weights[start:start + size])
+            offset, weights = value.blobFileValue.offset, np.memmap(self.folder / "weights" / "weight.bin", mode="c")
+            size, start = weights[offset + 8:offset + 24].view(np.uint64).tolist()
+            numbers = torch.from_numpy(weights[start:start + size])
         else:
             held = value.immediateValue.tensor
             numbers = getattr(held, held.WhichOneof("value")).values

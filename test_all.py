@@ -6,6 +6,7 @@
 A test that takes a `folder` gets a new, empty one. The last line counts; the exit status is 1 if any test failed.
 """
 import contextlib
+import copy
 import importlib
 import io
 import itertools
@@ -28,8 +29,10 @@ from unittest.mock import DEFAULT, Mock, patch
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import dit
+import export_ios
 import sample
 import vae
 from vae import COMBINATIONS, HELD_OUT, Abort
@@ -705,6 +708,193 @@ def test_sample_scores_beside_baselines():
 
 
 # ------------------------------------------------------------------------------------------------ export_ios.py
+
+
+# ------------------------------------------------------------------------------------------------ export_ios.py
+@lru_cache
+def exported(bits, pruned):
+    """A folder with packages of the tiny models, four steps without guidance, and the figures of their export."""
+    folder = Path(SHARED.name) / f"export{bits}{pruned}"
+    folder.mkdir()
+    shutil.copy(trained() / "vae.pt", folder)
+    checkpoint = vae.load(trained() / "dit.pt")
+    checkpoint["generator"] |= dict(num_steps=4, guidance_scale=1., shift=1., num_heads=1 if pruned else 2)
+    if pruned:  # one of two heads is left, and not the same one in both blocks
+        model = dit.DiT(replace(TINY_DIT, num_heads=1))
+        model.blocks[1].self_attn.head_ids += 1
+        checkpoint["ema"] = model.state_dict()
+    vae.save(folder / "dit.pt", **checkpoint)
+    return folder, export_ios.main(export_ios.Config(out=str(folder), bits=bits))
+
+
+def run_package(name, bits=16, pruned=False):
+    """(the Program of a package, inputs for it, its output)."""
+    program = export_ios.Program(exported(bits, pruned)[0] / f"{name}.mlpackage")
+    torch.manual_seed(3)
+    inputs = [torch.rand(shape) if name in ("t", "t_next", "text_mask") else torch.randn(shape)
+              for name, _, shape in program.inputs]
+    return program, inputs, program(*inputs)
+
+
+def mil(ops, inputs, folder):
+    """ops(*inputs), written with Core ML's builder, saved, read back and executed."""
+    import coremltools as ct
+    from coremltools.converters.mil import Builder as mb
+    program = mb.program([mb.TensorSpec(tuple(x.shape)) for x in inputs], opset_version=ct.target.iOS18)(ops)
+    ct.convert(program, minimum_deployment_target=ct.target.iOS18, compute_precision=ct.precision.FLOAT32,
+               skip_model_load=True).save(str(folder / "op.mlpackage"))
+    return export_ios.Program(folder / "op.mlpackage")(*inputs)
+
+
+def test_executor_knows_each_operation(folder):
+    optional("coremltools")
+    from coremltools.converters.mil import Builder as mb
+    x, y, video = torch.randn(2, 6, 4), torch.randn(2, 6, 4), torch.randn(1, 4, 3, 6, 6)
+    weight, kernel, bias, gamma = (np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+                                   for shape in ((3, 4), (3, 4, 3, 3, 3), (3,), (4,)))
+    cases = {
+        "add": (lambda x, y: mb.add(x=x, y=y), x + y), "sub": (lambda x, y: mb.sub(x=x, y=y), x - y),
+        "mul": (lambda x, y: mb.mul(x=x, y=y), x * y), "sin": (lambda x: mb.sin(x=x), torch.sin(x)),
+        "cos": (lambda x: mb.cos(x=x), torch.cos(x)), "silu": (lambda x: mb.silu(x=x), x * torch.sigmoid(x)),
+        "rsqrt": (lambda x: mb.rsqrt(x=mb.mul(x=x, y=x), epsilon=.1), 1 / (x * x + .1).sqrt()),
+        "clip": (lambda x: mb.clip(x=x, alpha=-.5, beta=.25), x.clamp(-.5, .25)),
+        "gelu": (lambda x: mb.gelu(x=x, mode="TANH_APPROXIMATION"),
+                 .5 * x * (1 + torch.tanh((2 / math.pi) ** .5 * (x + .044715 * x ** 3)))),
+        "erf": (lambda x: mb.gelu(x=x, mode="EXACT"), x * torch.special.ndtr(x)),
+        "reduce_mean": (lambda x: mb.reduce_mean(x=x, axes=[1], keep_dims=True), x.sum(1, keepdim=True) / 6),
+        "layer_norm": (lambda x: mb.layer_norm(x=x, axes=[-1], gamma=gamma, beta=gamma, epsilon=1e-2),
+                       (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-2).sqrt()
+                       * torch.from_numpy(gamma) + torch.from_numpy(gamma)),
+        "linear": (lambda x: mb.linear(x=x, weight=weight, bias=bias),
+                   torch.einsum("bij,kj->bik", x, torch.from_numpy(weight)) + torch.from_numpy(bias)),
+        "transpose": (lambda x: mb.transpose(x=x, perm=[2, 0, 1]), torch.einsum("abc->cab", x)),
+        "reshape": (lambda x: mb.reshape(x=x, shape=[3, 16]), x.flatten().view(3, 16)),
+        "expand_dims": (lambda x: mb.expand_dims(x=x, axes=[1]), x[:, None]),
+        "squeeze": (lambda x: mb.squeeze(x=mb.reshape(x=x, shape=[12, 1, 4]), axes=[1]), x.view(12, 4)),
+        "tile": (lambda x: mb.tile(x=x, reps=[1, 2, 3]), torch.cat([torch.cat([x, x], 1)] * 3, 2)),
+        "split": (lambda x: mb.split(x=x, split_sizes=[1, 5], axis=1)[1], x[:, 1:]),
+        "stack": (lambda x, y: mb.stack(values=[x, y], axis=1), torch.cat([x[:, None], y[:, None]], 1)),
+        "concat": (lambda x, y: mb.concat(values=[x, y], axis=2), torch.stack([x, y], 2).flatten(2)),
+        "slice": (lambda x: mb.slice_by_index(x=x, begin=[0, 2, 0], end=[0, 5, 3], begin_mask=[True, False, False],
+                                              end_mask=[True, False, True]), x[:, 2:5]),
+        "gather": (lambda x: mb.gather(x=x, indices=np.int32([3, 0, 3]), axis=1), x[:, [3, 0, 3]]),
+        "cast": (lambda x: mb.cast(x=mb.cast(x=x, dtype="fp16"), dtype="fp32"), x.half().float()),
+        "attention": (lambda x, y: mb.scaled_dot_product_attention(query=x, key=y, value=x, attn_mask=np.float32(
+            [[0, 0, -1e4, 0, 0, 0]])), (x @ y.mT / 2 + torch.tensor([0, 0, -1e4, 0, 0, 0])).softmax(-1) @ x),
+        "conv": (lambda x: mb.conv(x=x, weight=kernel, bias=bias, pad_type="custom", pad=[0, 0, 1, 1, 1, 1]), torch.einsum(
+            "bcfhwijk,ocijk->bofhw", F.pad(video, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1).unfold(4, 3, 1),
+            torch.from_numpy(kernel)) + torch.from_numpy(bias).view(3, 1, 1, 1))}
+    for name, (ops, expected) in cases.items():
+        inputs = [video] if name == "conv" else [x, y][:ops.__code__.co_argcount]
+        close(mil(ops, inputs, folder), expected, 2e-6)
+        shutil.rmtree(folder / "op.mlpackage")
+
+
+def test_packages_say_what_they_are():
+    optional("coremltools")
+    folder, figures = exported(16, False)
+    assert figures["step_error"] < 3e-3 and figures["run_error"] < 5e-3 and figures["run_psnr"] > 45, figures
+    denoiser, decoder = (export_ios.Program(folder / f"{name}.mlpackage") for name in ("denoiser", "decoder"))
+    said = {v.name: (v.shortDescription, list(v.type.multiArrayType.shape)) for v in denoiser.model.description.input}
+    assert {k: v[1] for k, v in said.items()} == dict(latents=[1, 8, 2, 1, 1], t=[1], t_next=[1], text_emb=[1, 12, 12],
+                                                      text_mask=[1, 12]) and all(v[0] for v in said.values())
+    assert decoder.output == "frames" and decoder.ops[-1][2][0][2] == [9, 3, 32, 32]
+    about = denoiser.model.description.metadata.userDefined
+    assert about["times"] == "[1.0, 0.75, 0.5, 0.25, 0.0]" and about["latent_shape"] == "[8, 2, 1, 1]"
+    assert about["text_length"] == "12" and not denoiser.model.description.metadata.license
+    for program in (denoiser, decoder):
+        assert max(len(shape) for _, _, results in program.ops for *_, shape in results) <= 5
+    kinds = Counter(kind for kind, *_ in denoiser.ops)
+    assert kinds["scaled_dot_product_attention"] == 4 and not kinds["gather"], kinds
+
+
+def test_packages_compute_what_models_do():
+    optional("coremltools")
+    for bits, pruned, tolerance in ((16, False, 3e-3), (32, False, 1e-5), (16, True, 3e-3)):
+        (x, t, t_next, emb, mask), y = run_package("denoiser", bits, pruned)[1:]
+        model, _ = dit.load_dit(exported(bits, pruned)[0] / "dit.pt")
+        close(y, x + (t_next - t) * model(x, t, emb, mask), tolerance)
+        (z,), frames = run_package("decoder", bits, pruned)[1:]
+        close(frames * 2 - 1, dit.load_vae(trained()).decode(z)[0].transpose(0, 1).clamp(-1, 1), 2 * tolerance)
+    program = run_package("denoiser", 16, True)[0]
+    assert sum(kind == "gather" for kind, *_ in program.ops) == 4    # cosines and sines of two blocks
+
+
+def test_compressed_packages_are_smaller_and_worse():
+    optional("coremltools")
+    figures = [exported(bits, False)[1] for bits in (32, 16, 8, 4)]
+    errors, sizes = ([each[key] for each in figures] for key in ("run_error", "denoiser_mb"))
+    assert list(errors) == sorted(errors) and list(sizes) == sorted(sizes, reverse=True), (errors, sizes)
+
+
+def test_check_catches_what_is_wrong():
+    optional("coremltools")
+    model, about = dit.load_dit(exported(16, False)[0] / "dit.pt")
+    autoencoder, times = dit.load_vae(trained()), dit.recipe(about)[0]
+    shape = autoencoder.latent_shape(about.frames, *about.size)
+
+    def check(which=0, size=None, spoil=lambda weight: weight):
+        """Check the denoiser (0) and the decoder (1), of which one has its first weight of this size spoilt."""
+        torch.manual_seed(0)
+        programs = [export_ios.Program(exported(16, False)[0] / f"{n}.mlpackage") for n in ("denoiser", "decoder")]
+        for name, value in programs[which].constants.items():
+            if isinstance(value, torch.Tensor) and list(value.shape) == size:
+                programs[which].constants[name] = spoil(value)
+                break
+        return export_ios.check(*programs, model, autoencoder, shape, about, times, 16, True)
+
+    assert check()["run_psnr"] > 45
+    aborts("next_latents, t 1.000", check, 0, [32, 32], lambda weight: weight.T)
+    aborts("next_latents, t 1.000", check, 0, [8, 32], lambda weight: weight * 1.02)  # of the output
+    aborts("frames", check, 1, [16, 16, 3, 1, 1], lambda weight: weight.flip(2))      # backwards in time
+    with patch.dict(export_ios.OPS):
+        del export_ios.OPS["gelu"]
+        assert check() == {}                                                         # and says SKIPPED
+    model.proj_in.weight *= 1e5  # tokens that fp16 cannot hold, and fp32 can
+    aborts("error nan", check, 0, [32, 8], lambda weight: weight * 1e5)
+
+
+def test_only_good_packages_replace_others(folder):
+    optional("coremltools")
+    source, _ = exported(16, False)
+    cfg = export_ios.Config(out=str(folder), checkpoint=str(source / "dit.pt"))
+    files = lambda: {f.relative_to(folder): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+    def export(factor):
+        def convert(path, *_):
+            shutil.copytree(source / path.name, path)
+            tensors = [x for x in export_ios.Program(path).constants.values() if isinstance(x, torch.Tensor)]
+            weights, largest = path / "Data/com.apple.CoreML/weights/weight.bin", max(tensors, key=torch.numel).numpy()
+            weights.write_bytes(weights.read_bytes().replace(largest.tobytes(), (largest * np.float16(factor)).tobytes()))
+        with patch.object(export_ios, "convert", convert):
+            return export_ios.main(cfg)
+
+    (folder / "decoder.mlpackage").mkdir()
+    (folder / "decoder.mlpackage" / "old").touch()
+    export(1)
+    good = files()
+    assert {f.parts[0] for f in good} == {"denoiser.mlpackage", "decoder.mlpackage"} and "old" not in str(good.keys())
+    aborts("no package is kept", export, .9)
+    assert files() == good and len(list(folder.iterdir())) == 2
+
+
+def test_export_says_what_is_wrong(folder):
+    (folder / "file").touch()
+    for flags, words in ((["--out", f"{folder}/none"], "run python dit.py first"), (["--bits", "6"], "choose from"),
+                         (["--out", f"{folder}/file", "--checkpoint", f"{trained()}/dit.pt"], "file"),
+                         (["--out", str(trained()), "--frames", "10"], "1 + a multiple of 8")):
+        code, out, error = command(export_ios, *flags)
+        assert code == 2 and words in error and error.count("\n") == 1, (flags, code, error)
+
+
+def test_estimate_is_calibrated_on_the_paper():
+    cfg = export_ios.Config(preset="paper", out="nowhere", dry_run=True, **export_ios.PRESETS["paper"])
+    figures = export_ios.main(cfg)
+    assert figures["denoiser_parameters"] == 960_221_312 and figures["decoder_parameters"] == 238_789_296
+    with torch.device("meta"), FlopCounterMode(display=False) as flops:
+        server = dit.Config(**dit.PRESETS["paper"])
+        dit.DiT(server)(torch.empty(1, 128, 7, 12, 16), torch.empty(1), torch.empty(1, 128, 1024), torch.empty(1, 128))
+    assert abs(flops.get_total_flops() / export_ios.FLOPS - .88) < .01
 
 
 if __name__ == "__main__":
