@@ -121,7 +121,6 @@ def convert(path, module, inputs, output, description, bits, metadata):
                                                               granularity="per_block" if bits == 4 else "per_channel")
             package = ct.optimize.coreml.linear_quantize_weights(package, ct.optimize.coreml.OptimizationConfig(
                 op_type_configs={"linear": kind, "conv": kind}))  # and not the tables
-    package.short_description = f"The {path.stem} of a text-to-video diffusion transformer"
     package.output_description[output] = description
     for name, (_, text) in inputs.items():
         package.input_description[name] = text
@@ -142,8 +141,7 @@ OPS = {
     "linear": lambda x, weight, bias: F.linear(x, weight, bias),
     "conv": lambda x, weight, bias, strides, pad_type, pad, dilations, groups: F.conv3d(
         x, weight, bias, strides, pad[::2] if pad_type == "custom" else 0, dilations, groups),
-    "scaled_dot_product_attention": lambda query, key, value, attn_mask=None: F.scaled_dot_product_attention(
-        query, key, value, attn_mask),
+    "scaled_dot_product_attention": lambda **named: F.scaled_dot_product_attention(**named),
     "reshape": lambda x, shape: x.reshape(shape), "transpose": lambda x, perm: x.permute(perm),
     "expand_dims": lambda x, axes: x.unsqueeze(*axes), "squeeze": lambda x, axes: x.squeeze(axes),
     "tile": lambda x, reps: x.repeat(reps), "split": lambda x, split_sizes, axis: x.split(split_sizes, axis),
@@ -216,20 +214,21 @@ class Program:
         return values[self.output].float()
 
 
-def predict(program, *inputs):
-    """What program(*inputs) is by Core ML itself, on a Mac."""
+def core_ml(program):
+    """Core ML's own execution of a package, called like the Program; on a Mac."""
     import coremltools as ct
-    named = {name: x.numpy() for (name, *_), x in zip(program.inputs, inputs)}
-    return torch.from_numpy(np.float32(ct.models.MLModel(str(program.path)).predict(named)[program.output]))
+    model, names = ct.models.MLModel(str(program.path)), [name for name, *_ in program.inputs]
+    return lambda *inputs: torch.from_numpy(np.float32(
+        model.predict({name: x.numpy() for name, x in zip(names, inputs)})[program.output]))
 
 
 # ------------------------------------------------------------------------------------------------ check and report
 @torch.no_grad()
 def check(denoiser, decoder, model, vae, shape, about, times, bits, whole):
     """Compare packages with PyTorch on a clip's noised latents and over a whole run, unguided; returns the errors."""
-    run, unknown = Program.__call__, {kind for program in (denoiser, decoder) for kind, *_ in program.ops} - set(OPS)
+    unknown = {kind for program in (denoiser, decoder) for kind, *_ in program.ops} - set(OPS)
     if sys.platform == "darwin":
-        run, whole = predict, True
+        denoiser, decoder, whole = core_ml(denoiser), core_ml(decoder), True
     elif unknown:
         print0(f"check SKIPPED: OPS lacks {', '.join(unknown)}")
         return {}
@@ -250,15 +249,15 @@ def check(denoiser, decoder, model, vae, shape, about, times, bits, whole):
         noised = add_noise(x0, noise, at(t))
         for name, (emb, mask) in {"a caption": text, "no caption": [0 * part for part in text]}.items():
             compare("step_error", f"next_latents, t {t:.3f} -> {t_next:.3f}, {name}",
-                    run(denoiser, noised, at(t), at(t_next), emb, mask), sample(model, noised, emb, mask, [t, t_next]))
+                    denoiser(noised, at(t), at(t_next), emb, mask), sample(model, noised, emb, mask, [t, t_next]))
             if not whole:
                 print0("SKIPPED: other steps and the decoder, which take many minutes away from a Mac")
                 return errors
-        x = run(denoiser, x, at(t), at(t_next), *text)
+        x = denoiser(x, at(t), at(t_next), *text)
     true = sample(model, noise, *text, times)
-    compare("frames_error", "frames", run(decoder, x0), rgb(x0))
+    compare("frames_error", "frames", decoder(x0), rgb(x0))
     compare("run_error", f"next_latents after {len(times) - 1} steps", x, true)
-    x, true = run(decoder, x), rgb(true)
+    x, true = decoder(x), rgb(true)
     compare("run_error", "frames of these", x, true)
     return errors | {"run_psnr": -10 * F.mse_loss(x, true).log10().item()}
 
@@ -274,8 +273,8 @@ def report(vae, shape, about, bits):
         results = [node.meta["val"] for node in torch.export.export(module, examples).graph.nodes
                    if not getattr(node.target, "is_view", True) and isinstance(node.meta["val"], torch.Tensor)]
         count = sum(p.numel() for part, p in module.named_parameters() if ".encoder" not in part)
-        flops, size, written = counter.get_total_flops(), count * bits / 8, sum(
-            y.numel() for y in results) * max(bits, 16) / 8
+        written = sum(result.numel() for result in results) * max(bits, 16) / 8
+        flops, size = counter.get_total_flops(), count * bits / 8
         ms = 1e3 * max(flops / FLOPS, (size + 2 * written) / BANDWIDTH)
         print0(f"{name}: {count:,} parameters, {size / 1e6:.4g} MB; a call: {flops / 1e9:.4g} GFLOPs, writes "
                f"{written / 1e6:.4g} MB of activations, takes an iPhone 16 Pro Max {ms:.3g} ms (an estimate)")
@@ -316,9 +315,8 @@ def main(cfg):
         vae = load_vae(path.parent, name=about.vae)
     about.frames, about.size = cfg.frames or about.frames, cfg.size or about.size
     shape, times = vae.latent_shape(about.frames, *about.size), recipe(about)[0]
-    print0(f"export_ios: {path}, {about.num_steps} steps, guidance {about.guidance_scale:g}"
-           f"{' (left to the app)' * (about.guidance_scale != 1)}, "
-           f"{cfg.bits} bits, video {about.frames, *about.size}, latents {shape}")
+    print0(f"export_ios: {path}, {cfg.bits} bits, video {about.frames, *about.size}, latents {shape}, {len(times) - 1} "
+           f"steps, guidance {about.guidance_scale:g}{' (for the app to do)' * (about.guidance_scale != 1)}")
     counted, figures, programs = report(vae, shape, about, cfg.bits), {}, []
     if cfg.dry_run:
         return summary("EXPORT_IOS", counted)
