@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -59,11 +60,12 @@ class Package(torch.nn.Module):
         return self.function(self.model, *inputs)
 
 
-def denoise(model, latents, t, t_next, text_emb, text_mask):
-    """One step of dit.sample: latents (1, C, f, h, w) at time t (1,) -> those at t_next (1,)."""
-    cfg = model.cfg
-    tables = dit.rope_tables(latents.shape[2:], cfg.width, model.fps, model.compression, latents.device)
-    if cfg.num_heads * cfg.head_dim < cfg.width:
+def denoise(tables, model, latents, t, t_next, text_emb, text_mask):
+    """One step of dit.sample: latents (1, C, f, h, w) at time t (1,) -> those at t_next (1,). tables: dit.rope_tables.
+
+    The tables come from outside as coremltools, left to compute them, errs by 1e-5.
+    """
+    if model.cfg.num_heads * model.cfg.head_dim < model.cfg.width:
         # A pruned model's blocks gather slices of their own, which the converter would store for each: 69 MB at paper
         # size. It cannot where the tables seem to depend on an input.
         tables = [table + 0 * t for table in tables]
@@ -81,12 +83,13 @@ def decode(vae, latents):
 def packages(model, vae, shape, about):
     """Each package's name -> module, inputs (name -> (example, description)), output's name and description."""
     zeros = model.table.new_zeros
+    tables = dit.rope_tables(shape[1:], model.cfg.width, model.fps, model.compression, model.table.device)
     latents = zeros(1, *shape), "normalised latents (1, C, f, h, w); to start with, noise of N(0, 1)"
     inputs = dict(latents=latents, t=(zeros(1), "their time, from the list `times`: 1 is noise, 0 is video"),
                   t_next=(zeros(1), "the next time of the list"), text_emb=(zeros(
                       1, about.text_length, about.text_dim), "text embeddings (1, L, E), then zeros"),
                   text_mask=(zeros(1, about.text_length), "(1, L): 1 where there is text, then zeros"))
-    return {"denoiser": (Package(denoise, model), inputs, "next_latents", "the latents at t_next"),
+    return {"denoiser": (Package(partial(denoise, tables), model), inputs, "next_latents", "the latents at t_next"),
             "decoder": (Package(decode, vae), dict(latents=latents), "frames", "RGB (F, 3, H, W) in [0, 1]")}
 
 
@@ -241,7 +244,8 @@ def check(denoiser, decoder, model, vae, shape, about, times, bits, whole):
         error, bound = ((ours - true).norm() / true.norm()).item(), BOUNDS[bits][kind == "run_error"]
         print0(f"{what:48} relative error {error:.1e}")
         if not error <= bound:  # nor is NaN
-            raise Abort(f"{what}: relative error {error:.1e} is above {bound:g}, no package is kept; try --bits 32")
+            raise Abort(f"{what}: relative error {error:.1e} is above {bound:g}, no package is kept"
+                        f"{'; try --bits 32' * (bits < 32)}")
         errors[kind] = max(error, errors.get(kind, 0))
 
     x = noise
