@@ -781,7 +781,8 @@ def test_executor_knows_each_operation(folder):
         "cast": (lambda x: mb.cast(x=mb.cast(x=x, dtype="fp16"), dtype="fp32"), x.half().float()),
         "attention": (lambda x, y: mb.scaled_dot_product_attention(query=x, key=y, value=x, attn_mask=np.float32(
             [[0, 0, -1e4, 0, 0, 0]])), (x @ y.mT / 2 + torch.tensor([0, 0, -1e4, 0, 0, 0])).softmax(-1) @ x),
-        "conv": (lambda x: mb.conv(x=x, weight=kernel, bias=bias, pad_type="custom", pad=[0, 0, 1, 1, 1, 1]), torch.einsum(
+        "conv": (lambda x: mb.conv(x=x, weight=kernel, bias=bias, pad_type="custom", pad=[0, 0, 1, 1, 1, 1]),
+                 torch.einsum(
             "bcfhwijk,ocijk->bofhw", F.pad(video, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1).unfold(4, 3, 1),
             torch.from_numpy(kernel)) + torch.from_numpy(bias).view(3, 1, 1, 1))}
     for name, (ops, expected) in cases.items():
@@ -865,7 +866,8 @@ def test_only_good_packages_replace_others(folder):
             shutil.copytree(source / path.name, path)
             tensors = [x for x in export_ios.Program(path).constants.values() if isinstance(x, torch.Tensor)]
             weights, largest = path / "Data/com.apple.CoreML/weights/weight.bin", max(tensors, key=torch.numel).numpy()
-            weights.write_bytes(weights.read_bytes().replace(largest.tobytes(), (largest * np.float16(factor)).tobytes()))
+            wrong = (largest * np.float16(factor)).tobytes()
+            weights.write_bytes(weights.read_bytes().replace(largest.tobytes(), wrong))
         with patch.object(export_ios, "convert", convert):
             return export_ios.main(cfg)
 
