@@ -83,7 +83,7 @@ class ResBlock2DHead(nn.Module):
 
     def forward(self, x, latent_shape, conditions):
         f, h, w = latent_shape
-        x = rearrange(x, "b (f h w) d -> (b f) d h w", f=f, h=h)
+        x = rearrange(x, "b (f h w) d -> (b f) d h w", f=f, h=h).contiguous()  # as below
         x = x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
         x = rearrange(self.norm3(x), "(b f) d h w -> (b h w) f d", f=f)
         x = self.out(F.silu(x + self.attention(x)))
@@ -100,7 +100,8 @@ class ResBlock3DHead(nn.Module):
         self.out = nn.Conv3d(cfg.width, 1, 1)
 
     def forward(self, x, latent_shape, conditions):
-        x = x.transpose(1, 2).unflatten(2, latent_shape)                                         # (B, D, f, h, w)
+        # Channels last, as these tokens are, the backward pass of torch's GroupNorm crashes.
+        x = x.transpose(1, 2).unflatten(2, latent_shape).contiguous()                            # (B, D, f, h, w)
         x = F.leaky_relu(self.norm1(self.conv1(x)))
         x = x + F.leaky_relu(self.norm2(self.conv2(x)))
         return self.out(x).flatten(1)
