@@ -71,22 +71,26 @@ class DiTHead(nn.Module):
         return self.mlp(rms_norm(self.block(x, *conditions))).squeeze(2)
 
 
+def group_norm(x):
+    """Without height and width, as torch 2.13's crashes in the backward pass where channels come last in memory."""
+    return F.group_norm(x.flatten(2), x.shape[1] // 16).view(x.shape)
+
+
 class ResBlock2DHead(nn.Module):
     """SnapGen-V's [49]: a residual block of 2D convolutions in each latent frame, then attention along time."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.norm1, self.norm2, self.norm3 = (nn.GroupNorm(cfg.width // 16, cfg.width) for _ in range(3))
         self.conv1, self.conv2 = (nn.Conv2d(cfg.width, cfg.width, 3, padding=1) for _ in range(2))
         self.attention = Attention(cfg.width, cfg.num_heads, cfg.head_dim)
         self.out = nn.Linear(cfg.width, 1)
 
     def forward(self, x, latent_shape, conditions):
         f, h, w = latent_shape
-        x = rearrange(x, "b (f h w) d -> (b f) d h w", f=f, h=h).contiguous()  # as below
-        x = x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
-        x = rearrange(self.norm3(x), "(b f) d h w -> (b h w) f d", f=f)
-        x = self.out(F.silu(x + self.attention(x)))
+        x = rearrange(x, "b (f h w) d -> (b f) d h w", f=f, h=h)
+        x = x + self.conv2(F.silu(group_norm(self.conv1(F.silu(group_norm(x))))))
+        x = rearrange(x, "(b f) d h w -> (b h w) f d", f=f)
+        x = self.out(F.silu(x + self.attention(rms_norm(x))))
         return rearrange(x, "(b h w) f 1 -> b (f h w)", h=h, w=w)
 
 
@@ -96,15 +100,13 @@ class ResBlock3DHead(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.conv1, self.conv2 = (nn.Conv3d(cfg.width, cfg.width, 3, padding=1) for _ in range(2))
-        self.norm1, self.norm2 = (nn.GroupNorm(cfg.width // 16, cfg.width) for _ in range(2))
-        self.out = nn.Conv3d(cfg.width, 1, 1)
+        self.out = nn.Linear(cfg.width, 1)
 
     def forward(self, x, latent_shape, conditions):
-        # Channels last, as these tokens are, the backward pass of torch's GroupNorm crashes.
-        x = x.transpose(1, 2).unflatten(2, latent_shape).contiguous()                            # (B, D, f, h, w)
-        x = F.leaky_relu(self.norm1(self.conv1(x)))
-        x = x + F.leaky_relu(self.norm2(self.conv2(x)))
-        return self.out(x).flatten(1)
+        x = x.transpose(1, 2).unflatten(2, latent_shape)                                         # (B, D, f, h, w)
+        x = F.leaky_relu(group_norm(self.conv1(x)))
+        x = x + F.leaky_relu(group_norm(self.conv2(x)))
+        return self.out(x.flatten(2).transpose(1, 2)).squeeze(2)
 
 
 HEADS = {"dit": DiTHead, "resblock2d": ResBlock2DHead, "resblock3d": ResBlock3DHead}
@@ -217,15 +219,14 @@ def train(cfg, path, teacher, about, cache, device, rank, world):
             reconstruction = reconstruction_loss(x0_hat, x0, cfg.huber)
             loss = cfg.adversarial_weight * adversarial + cfg.reconstruction_weight * reconstruction
             update(loss, optimizers, step - cfg.guidance_steps, adversary, path)
-            right = torch.cat([d_real < 0, d_fake > 0]).float()
-            said = {"D(real)": d_real, "D(fake)": d_fake, "right": right, "adversarial": adversarial,
-                    "reconstruction": reconstruction}
+            said = {"D(real)": d_real, "D(fake)": d_fake, "right": torch.cat([d_real < 0, d_fake > 0]).float(),
+                    "adversarial": adversarial, "reconstruction": reconstruction}
         average(ema, model, cfg.ema, step)
-        log = [line for line in log if line.keys() == said.keys()][1 - cfg.log_every:]
         log.append({name: value.mean().item() for name, value in said.items()})
         if (step + 1) % cfg.log_every == 0:
-            means = (f"{name} {np.mean([line[name] for line in log]):.3f}" for name in said)
+            means = (f"{name} {np.mean([line[name] for line in log if name in line]):.3f}" for name in said)
             print0(f"step {step + 1}/{cfg.steps} ", *means, f" {(time.time() - began) / 60:.1f} min")
+            log.clear()
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
             save_dit(path, step + 1, cfg, student, model, ema, state[1], heads=heads)
     return ema, student
@@ -233,42 +234,41 @@ def train(cfg, path, teacher, about, cache, device, rank, world):
 
 # ------------------------------------------------------------------------------------------------ figures
 COLUMNS = "full_semantic", "full_quality", "full_total", "open_semantic", "open_quality", "open_total", "open_entropy"
+HEADER = " " * 48 + "".join(f"{column:>14}" for column in COLUMNS)
 
 
-def evaluate(name, models, vae, about, count, times, guidance_scale=1.):
-    """Score the models' samples on both test sets and print a row of the table: means, and spreads if there are
-    several. Returns the means by column, and the row."""
-    scores = [[score_samples(model, vae, about, split, count, times, guidance_scale) for split in ("full", "open")]
-              for model in models]
-    values = np.array([[dict(full=full, open=free)[c[:4]][c[5:]] for c in COLUMNS] for full, free in scores])
-    cells = (f"{m:8.3f} {s:.3f}" if len(models) > 1 else f"{m:14.3f}" for m, s in zip(values.mean(0), values.std(0)))
-    print0(row := f"{name:48}" + "".join(cells))
-    return dict(zip(COLUMNS, values.mean(0).tolist())), row
-
-
-def header(count):
-    print0(row := f"{f'{count} captions a set':48}" + "".join(f"{c:>14}" for c in COLUMNS))
-    return row
+def evaluate(table, name, models, vae, about, count, times, guidance_scale=1.):
+    """Add a row of scores on both test sets, means over the models and their spread; returns the means by column."""
+    values = []
+    for model in models:
+        scores = {s: score_samples(model, vae, about, s, count, times, guidance_scale) for s in ("full", "open")}
+        values.append([scores[column[:4]][column[5:]] for column in COLUMNS])
+    means, spreads = np.mean(values, 0), np.std(values, 0)
+    cells = (f"{m:8.3f} {s:.3f}" if len(models) > 1 else f"{m:14.3f}" for m, s in zip(means, spreads))
+    table.append(f"{name:48}" + "".join(cells))
+    print0(table[-1])
+    return dict(zip(COLUMNS, means.tolist()))
 
 
 def ablation(cfg, path, teacher, vae, about, *rest):
     """Table 5, and each part of the method alone, at equal steps; into out/ablation.txt. Returns the last's figures."""
-    parts = {"reconstruction only": dict(guidance_steps=0, adversarial_weight=0.),
-             "adversarial only": dict(guidance_steps=0, reconstruction_weight=0.),
-             "Eq. 7-9, lightweight ResBlock 3D [45]": dict(guidance_steps=0, head="resblock3d"),
-             "Eq. 7-9, ResBlock-2D + temporal attention [49]": dict(guidance_steps=0, head="resblock2d"),
-             "Eq. 7-9, DiT block + MLP": dict(guidance_steps=0), "guidance only": dict(guidance_steps=cfg.steps),
+    printed, table, few = dict(guidance_steps=0), [HEADER], euler_times(cfg.num_steps)
+    parts = {"reconstruction only": printed | dict(adversarial_weight=0.),
+             "adversarial only": printed | dict(reconstruction_weight=0.),
+             "Eq. 7-9, lightweight ResBlock 3D [45]": printed | dict(head="resblock3d"),
+             "Eq. 7-9, ResBlock-2D + temporal attention [49]": printed | dict(head="resblock2d"),
+             "Eq. 7-9, DiT block + MLP": printed, "guidance only": dict(guidance_steps=cfg.steps),
              "guidance, then Eq. 7-9, DiT block + MLP": {}}
-    table, few, score = [header(cfg.score_clips)], euler_times(cfg.num_steps), (vae, about, cfg.score_clips)
+    print0(HEADER)
     for name, how in {f"teacher, {about.num_steps} guided steps": recipe(about), f"{cfg.num_steps} steps": (few,),
-                      f"teacher, {about.num_steps} steps": recipe(about)[:1]}.items():
-        table.append(evaluate(name, [teacher], *score, *how)[1])
+                      f"{about.num_steps} steps": recipe(about)[:1]}.items():
+        evaluate(table, name, [teacher], vae, about, cfg.score_clips, *how)
     for name, changes in parts.items():
         models = [train(replace(cfg, seed=seed, resume=False, **changes), path, teacher, about, *rest)[0]
                   for seed in range(cfg.seeds)]
-        figures, row = evaluate(name, models, *score, few)
-        table.append(row)
-    table += [evaluate(f"the same, {n} steps", models, *score, euler_times(n))[1] for n in (1, 2, 4, 8)]
+        figures = evaluate(table, name, models, vae, about, cfg.score_clips, few)
+    for n in 1, 2, 4, 8:
+        evaluate(table, f"the same, {n} steps", models, vae, about, cfg.score_clips, euler_times(n))
     path.with_suffix(".txt").write_text("\n".join(table) + "\n")
     return figures
 
@@ -314,9 +314,8 @@ def count(cfg):
     rest = x[:, 0, 0, 0, 0], text, text[..., 0]
 
     def losses():
-        fake = model(x, *rest)
-        scores = discriminator(torch.cat([x, fake.detach()]), *(torch.cat([y, y]) for y in rest))
-        return scores.mean() + discriminator(fake, *rest).mean()
+        fake, both = model(x, *rest), [torch.cat([y, y]) for y in rest]
+        return discriminator(torch.cat([x, fake.detach()]), *both).mean() + discriminator(fake, *rest).mean()
 
     return dry_run("DISTILL", model, losses, lambda: model(x[:1], *(y[:1] for y in rest)))
 
@@ -338,9 +337,9 @@ def main(cfg):
     ema, student = train(cfg, path := out / "distilled.pt", *rest)
     figures = speed(teacher, ema, vae, about, student)
     if rank == 0 and cfg.score_clips and about.data == "synthetic":
-        header(cfg.score_clips)
+        print0(HEADER)
         for name, model, its in (("", ema, student), ("_undistilled", teacher, student), ("_teacher", teacher, about)):
-            scores, _ = evaluate(name[1:] or "distilled", [model], vae, about, cfg.score_clips, *recipe(its))
+            scores = evaluate([], name[1:] or "distilled", [model], vae, about, cfg.score_clips, *recipe(its))
             figures |= {k + name: v for k, v in scores.items()}
     if rank == 0:
         captions = film(picture := path.with_suffix(".png"), vae, about, (teacher, about), (ema, student))
