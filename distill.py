@@ -128,20 +128,17 @@ class Discriminator(nn.Module):
     def forward(self, latents, t, text_emb, text_mask):
         """latents (B, C, f, h, w) of noise level t (B,), captions -> scores (B, heads * N): -1 is real, +1 is fake."""
         x, _, conditions = self.generator.embed(latents, t, text_emb, text_mask)
-        features = []
+        tokens = [x]
         for block in self.generator.blocks[:self.trunk]:
-            x = block(x, *conditions)
-            features.append(x)
-        pairs = zip(self.heads, features[-len(self.heads):])
+            tokens.append(block(tokens[-1], *conditions))
+        pairs = zip(self.heads, tokens[-len(self.heads):])
         return torch.cat([head(x, latents.shape[2:], conditions) for head, x in pairs], 1)
 
 
 # ------------------------------------------------------------------------------------------------ the losses
 def draw_times(count, num_steps, device=None):
-    """Times t and t' (count,), t' < t, uniformly from the pairs of T and 0.
-
-    Ours: T_k has no smaller t' in T, though the last step starts from it; with 0, where sampling ends, it has.
-    """
+    """Times t and t' (count,), t' < t, uniformly from the pairs of T and 0. Ours: the 0, where sampling ends. Without
+    it T_k, from which the last step starts, would have no t' in T."""
     pairs = torch.combinations(torch.tensor(euler_times(num_steps), device=device))
     return pairs[torch.randint(len(pairs), (count,), device=device)].unbind(1)
 
@@ -161,22 +158,15 @@ def reconstruction_loss(x0_hat, x0, c):
     return ((x0_hat - x0).flatten(1).square().sum(1) + c ** 2).sqrt().mean() - c  # Eq. (9), reconstruction
 
 
-def level(x):
-    """x, whose gradient is made as long as L_recon's, sqrt(1 / B): what weighs the two losses is then one number.
-
-    Ours: the paper gives no weight. A fixed one is too much late in training, as the discriminator's slope grows.
-    """
-    y = x.view_as(x)
-    y.register_hook(lambda gradient: gradient / (gradient.norm() * len(gradient) ** .5).clamp(min=1e-12))
-    return y
+def level(gradient):
+    """Ours: L_adv's gradient at the fake clips, made as long as L_recon's, sqrt(1 / B), so that one number weighs the
+    two. The paper gives no weight, and a fixed one is too much later on, as the discriminator's slope grows."""
+    return gradient / (gradient.norm() * len(gradient) ** .5).clamp(min=1e-12)
 
 
 def guidance_loss(model, teacher, x0, text, t, t_next, substeps, guidance_scale):
-    """Ours: one step of the model without guidance against `substeps` guided ones of the teacher, from t to t_next.
-
-    Eq. 7-9 make few steps do what many do, but the many need guidance for what the caption says, and they do not
-    teach it: real clips are what the unguided teacher has seen already.
-    """
+    """Ours: one unguided step of the model against `substeps` guided ones of the teacher, from t to t_next. What
+    guidance adds for the caption's sake is not in the real clips, so Eq. 7-9 do not teach it."""
     t_b = torch.full((len(x0),), t, device=x0.device)
     x_t = add_noise(x0, torch.randn_like(x0), t_b)
     times = np.linspace(t, t_next, substeps + 1).tolist()
@@ -215,7 +205,8 @@ def train(cfg, path, teacher, about, cache, device, rank, world):
             d_real, d_fake = both.chunk(2)
             update(discriminator_loss(d_real, d_fake), head_optimizers, step - cfg.guidance_steps, adversary, path)
             heads.requires_grad_(False)
-            adversarial = discriminator(level(fake), t_next, *text).mean()  # Eq. (9), adversarial
+            fake.register_hook(level)
+            adversarial = discriminator(fake, t_next, *text).mean()  # Eq. (9), adversarial
             reconstruction = reconstruction_loss(x0_hat, x0, cfg.huber)
             loss = cfg.adversarial_weight * adversarial + cfg.reconstruction_weight * reconstruction
             update(loss, optimizers, step - cfg.guidance_steps, adversary, path)
@@ -285,22 +276,12 @@ def speed(teacher, ema, vae, about, student):
         call(*args).cpu()
         return time.perf_counter() - began
 
-    turns = [(seconds(sample, teacher, noise, *text, *recipe(about)),
-              seconds(sample, ema, noise, *text, *recipe(student)), seconds(vae.decode, noise)) for _ in range(10)]
-    slow, fast, decode = np.median(turns, 0).tolist()
-    evaluations = [its.num_steps * (1 + (its.guidance_scale != 1)) for its in (student, about)]
-    return dict(evaluations=evaluations[0], evaluations_teacher=evaluations[1], denoise_ms=1e3 * fast,
-                denoise_ms_teacher=1e3 * slow, times_faster=slow / fast, decode_ms=1e3 * decode,
-                fps=about.frames / (fast + decode), fps_teacher=about.frames / (slow + decode))
-
-
-def film(path, vae, about, *rows):
-    """Write samples of the rows, (model, what it is) each, for the same captions and noise. Returns the captions."""
-    captions = [caption for split in ("full", "open") for caption in test_captions(about, split, 3)[0]]
-    text, shape = WordEncoder(about.text_dim, about.text_length)(captions), vae.latent_shape(about.frames, *about.size)
-    video = [generate(model, vae, text, shape, *recipe(its)) for model, its in rows]
-    write_png(path, rearrange(video, "r b c f h w -> c f (r h) (b w)"), about.fps)
-    return captions
+    calls = [(sample, m, noise, *text, *recipe(its)) for m, its in ((teacher, about), (ema, student))]
+    calls.append((vae.decode, noise))
+    slow, fast, decode = np.median([[seconds(*call) for call in calls] for _ in range(10)], 0).tolist()
+    few, many = (its.num_steps * (1 + (its.guidance_scale != 1)) for its in (student, about))
+    return dict(evaluations=few, evaluations_teacher=many, times_faster=slow / fast, denoise_ms=1e3 * fast,
+                decode_ms=1e3 * decode, fps=about.frames / (fast + decode), fps_teacher=about.frames / (slow + decode))
 
 
 def count(cfg):
@@ -330,7 +311,8 @@ def main(cfg):
     vae = load_vae(about.out, device, about.vae)
     print0(f"distill: {init}, {sum(p.numel() for p in teacher.parameters()):,} parameters, {about.num_steps} steps of "
            f"guidance {about.guidance_scale:g} -> {cfg.num_steps} without; {world} x {device.type}")
-    cache = encode_clips(about, vae, WordEncoder(about.text_dim, about.text_length), rank, world, device)
+    encode_text = WordEncoder(about.text_dim, about.text_length)
+    cache = encode_clips(about, vae, encode_text, rank, world, device)
     rest = teacher, about, cache, device, rank, world
     if cfg.ablation:
         return summary("DISTILL", ablation(cfg, out / "ablation.pt", teacher, vae, *rest[1:]), began)
@@ -342,8 +324,11 @@ def main(cfg):
             scores = evaluate([], name[1:] or "distilled", [model], vae, about, cfg.score_clips, *recipe(its))
             figures |= {k + name: v for k, v in scores.items()}
     if rank == 0:
-        captions = film(picture := path.with_suffix(".png"), vae, about, (teacher, about), (ema, student))
-        print0(f"{picture} shows, the teacher's samples above:", *captions, sep="\n  ")
+        captions = [caption for split in ("full", "open") for caption in test_captions(about, split, 3)[0]]
+        inputs = encode_text(captions), vae.latent_shape(about.frames, *about.size)
+        film = [generate(m, vae, *inputs, *recipe(its)) for m, its in ((teacher, about), (ema, student))]
+        write_png(path.with_suffix(".png"), rearrange(film, "r b c f h w -> c f (r h) (b w)"), about.fps)
+        print0(f"{path.with_suffix('.png')} shows, the teacher's samples above:", *captions, sep="\n  ")
     return summary("DISTILL", figures, began, "python export_ios.py, or python sample.py")
 
 
