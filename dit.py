@@ -381,7 +381,11 @@ def load_dit(path, stage=None, device="cpu", data=""):
     about = SimpleNamespace(**checkpoint["generator"] | {"out": str(Path(path).parent)})
     about.data = data or about.data
     model = build(about)
-    model.load_state_dict(checkpoint["ema"])
+    try:
+        model.load_state_dict(checkpoint["ema"])
+    except RuntimeError:
+        raise Abort(f"{path}: the weights do not have the sizes that it says, such as text_dim {about.text_dim}: "
+                    f"run python {checkpoint['stage']}.py again") from None
     return model.eval().requires_grad_(False).to(device), about
 
 
