@@ -118,8 +118,8 @@ class Discriminator(nn.Module):
         super().__init__()
         if head not in HEADS:
             raise Abort(f"--head {head}: choose from {', '.join(HEADS)}")
-        if not 0 < trunk <= len(generator.blocks):
-            raise Abort(f"--trunk {trunk}: the generator has {len(generator.blocks)} blocks, take 1 to all of them")
+        if not 0 < trunk <= generator.cfg.depth:
+            raise Abort(f"--trunk {trunk}: the generator has {generator.cfg.depth} blocks, take 1 to all of them")
         self.generator, self.trunk = generator, trunk
         self.heads = nn.ModuleList(HEADS[head](generator.cfg) for _ in range(1 if head == "dit" else trunk))
 
@@ -179,18 +179,17 @@ def train(cfg, path, teacher, about, cache, device, rank, world):
     model, ema, times = copy.deepcopy(teacher).requires_grad_(), copy.deepcopy(teacher), euler_times(cfg.num_steps)
     heads = (discriminator := Discriminator(teacher, cfg.trunk, cfg.head).to(device)).heads
     warm, adversary = replace(cfg, steps=cfg.guidance_steps), replace(cfg, steps=cfg.steps - cfg.guidance_steps)
-    warm_optimizers = make_optimizers(model, cfg.lr, cfg.muon_lr)
-    optimizers, head_optimizers = (make_optimizers(m, lr, 0) for m, lr in ((model, cfg.lr), (heads, cfg.head_lr)))
-    all_of_them = warm_optimizers + optimizers + head_optimizers
-    start = resume(path, cfg, dict(model=model, ema=ema, heads=heads), all_of_them) if cfg.resume else 0
+    warm_optimizers, optimizers, head_optimizers = all_of_them = [
+        make_optimizers(*how) for how in ((model, cfg.lr, cfg.muon_lr), (model, cfg.lr, 0), (heads, cfg.head_lr, 0))]
+    start = resume(path, cfg, dict(model=model, ema=ema, heads=heads), sum(all_of_them, [])) if cfg.resume else 0
     trained, judge, began, log = parallel(model, world), parallel(discriminator, world), time.time(), []
     for step in progress(start, cfg.steps):
         x0, *text = draw_batch(cache, cfg.batch_size, (cfg.seed, step, rank), device)
         if step < cfg.guidance_steps:
             i = step % cfg.num_steps
             loss = guidance_loss(trained, teacher, x0, text, *times[i:i + 2], about.guidance_scale)
-            update(loss, warm_optimizers, step, warm, path)
             said = {"guidance": loss}
+            update(loss, warm_optimizers, step, warm, path)
         else:
             t, t_next = draw_times(len(x0), cfg.num_steps, device)
             x_t, real = (add_noise(x0, torch.randn_like(x0), s) for s in (t, t_next))  # Eq. (7), real
@@ -215,7 +214,7 @@ def train(cfg, path, teacher, about, cache, device, rank, world):
             print0(f"step {step + 1}/{cfg.steps} ", *means, f" {(time.time() - began) / 60:.1f} min")
             log.clear()
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
-            save_dit(path, step + 1, cfg, student, model, ema, all_of_them, heads=heads)
+            save_dit(path, step + 1, cfg, student, model, ema, sum(all_of_them, []), heads=heads)
     return ema, student
 
 
@@ -230,11 +229,10 @@ def evaluate(table, name, models, vae, about, count, times, guidance_scale=1.):
     for model in models:
         scores = {s: score_samples(model, vae, about, s, count, times, guidance_scale) for s in ("full", "open")}
         values.append([scores[column[:4]][column[5:]] for column in COLUMNS])
-    means, spreads = np.mean(values, 0), np.std(values, 0)
-    cells = (f"{m:8.3f} {s:.3f}" if len(models) > 1 else f"{m:14.3f}" for m, s in zip(means, spreads))
-    table.append(f"{name:48}" + "".join(cells))
+    means = np.mean(values, 0).tolist()
+    table.append(f"{name:48}" + "".join(f"{mean:8.3f} {std:.3f}" for mean, std in zip(means, np.std(values, 0))))
     print0(table[-1])
-    return dict(zip(COLUMNS, means.tolist()))
+    return dict(zip(COLUMNS, means))
 
 
 def ablation(cfg, path, teacher, vae, about, *rest):
@@ -247,9 +245,8 @@ def ablation(cfg, path, teacher, vae, about, *rest):
              "Eq. 7-9, DiT block + MLP": printed, "guidance only": dict(guidance_steps=cfg.steps),
              "guidance, then Eq. 7-9, DiT block + MLP": {}}
     print0(HEADER)
-    evaluate(table, f"teacher, {about.num_steps} guided steps", [teacher], vae, about, cfg.score_clips, *recipe(about))
-    evaluate(table, f"teacher, {about.num_steps} steps", [teacher], vae, about, cfg.score_clips, recipe(about)[0])
-    evaluate(table, f"teacher, {cfg.num_steps} steps", [teacher], vae, about, cfg.score_clips, few)
+    for name, how in ("guided", recipe(about)), ("unguided", recipe(about)[:1]), ("few steps", [few]):
+        evaluate(table, f"teacher, {name}", [teacher], vae, about, cfg.score_clips, *how)
     for name, changes in parts.items():
         models = [train(replace(cfg, seed=seed, resume=False, **changes), path, teacher, about, *rest)[0]
                   for seed in range(cfg.seeds)]
@@ -287,8 +284,7 @@ def count(cfg):
         model, teacher = (DiT(about, about.fps) for _ in range(2))
         discriminator = Discriminator(teacher.requires_grad_(False), cfg.trunk, cfg.head)
         x = torch.empty(cfg.batch_size, *VAE(VAEConfig()).latent_shape(about.frames, *about.size))
-    text = x.new_empty(cfg.batch_size, about.text_length, about.text_dim)
-    rest = x[:, 0, 0, 0, 0], text, text[..., 0]
+    rest = x[:, 0, 0, 0, 0], (text := x.new_empty(len(x), about.text_length, about.text_dim)), text[..., 0]
 
     def losses():
         fake = model(x, *rest)
@@ -310,7 +306,7 @@ def main(cfg):
     encode_text = WordEncoder(about.text_dim, about.text_length)
     cache = encode_clips(about, vae, encode_text, rank, world, device)
     if cfg.ablation and about.data != "synthetic":
-        raise Abort("--ablation scores the synthetic clips' attributes, this generator was trained on a folder")
+        raise Abort("--ablation reads the synthetic clips' attributes; this generator was trained on a folder")
     if cfg.ablation:
         figures = ablation(cfg, out / "ablation.pt", teacher, vae, about, cache, device, rank, world)
         return summary("DISTILL", figures, began)
