@@ -125,8 +125,7 @@ class Discriminator(nn.Module):
 
     def forward(self, latents, t, text_emb, text_mask):
         """latents (B, C, f, h, w) of noise level t (B,), captions -> scores (B, heads * N): -1 is real, +1 is fake."""
-        x, _, conditions = self.generator.embed(latents, t, text_emb, text_mask)
-        tokens = [x]
+        *tokens, _, conditions = self.generator.embed(latents, t, text_emb, text_mask)
         for block in self.generator.blocks[:self.trunk]:
             tokens.append(block(tokens[-1], *conditions))
         pairs = zip(self.heads, tokens[-len(self.heads):])
@@ -230,7 +229,8 @@ def evaluate(table, name, models, vae, about, count, times, guidance_scale=1.):
         scores = {s: score_samples(model, vae, about, s, count, times, guidance_scale) for s in ("full", "open")}
         values.append([scores[column[:4]][column[5:]] for column in COLUMNS])
     means = np.mean(values, 0).tolist()
-    table.append(f"{name:48}" + "".join(f"{mean:8.3f} {std:.3f}" for mean, std in zip(means, np.std(values, 0))))
+    cell = "{:8.3f} {:.3f}" if len(models) > 1 else "{:14.3f}"  # format leaves the spread of one out
+    table.append(f"{name:48}" + "".join(map(cell.format, means, np.std(values, 0))))
     print0(table[-1])
     return dict(zip(COLUMNS, means))
 
