@@ -30,7 +30,7 @@ from vae import (VAE, Abort, VAEConfig, dry_run, flag, launch, make_optimizers, 
 class Config(LaterStage):
     init: str = flag("", "generator to distil; not given: out/pruned.pt, or out/dit.pt if there is none")
     steps: int = flag(400, "training steps, the warm start's among them")
-    guidance_steps: int = flag(200, "Ours: steps of the warm start, which regresses onto the teacher's guided steps")
+    guidance_steps: int = flag(150, "Ours: steps of the warm start, which regresses onto the teacher's guided steps")
     batch_size: int = flag(24, "clips per process and step")
     lr: float = flag(2e-4, "the generator's learning rate, AdamW")
     head_lr: float = flag(2e-3, "the discriminator's heads'")
@@ -134,8 +134,8 @@ class Discriminator(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ the losses
 def draw_times(count, num_steps, device=None):
-    """Times t and t' (count,), t' < t, uniformly from the pairs of T and 0. Ours: the 0, where sampling ends. Without
-    it T_k, from which the last step starts, would have no t' in T."""
+    """Times t and t' (count,), t' < t, uniformly from the pairs of T and 0. Ours: the 0, as else T_k, where the last
+    step starts, has no t'; and no logit-normal, whose m and s the paper gives, but not what it would draw."""
     pairs = torch.combinations(torch.tensor(euler_times(num_steps), device=device))
     return pairs[torch.randint(len(pairs), (count,), device=device)].unbind(1)
 
