@@ -30,7 +30,7 @@ from vae import (VAE, Abort, VAEConfig, dry_run, flag, launch, make_optimizers, 
 class Config(LaterStage):
     init: str = flag("", "generator to distil; not given: out/pruned.pt, or out/dit.pt if there is none")
     steps: int = flag(400, "training steps, the warm start's among them")
-    guidance_steps: int = flag(150, "Ours: steps of the warm start, which regresses onto the teacher's guided steps")
+    guidance_steps: int = flag(0, "Ours: steps of the warm start, which regresses onto the teacher's guided steps")
     batch_size: int = flag(24, "clips per process and step")
     lr: float = flag(2e-4, "the generator's learning rate, AdamW")
     head_lr: float = flag(2e-3, "the discriminator's heads'")
@@ -242,8 +242,8 @@ def ablation(cfg, path, teacher, vae, about, *rest):
              "adversarial only": printed | dict(reconstruction_weight=0.),
              "Eq. 7-9, lightweight ResBlock 3D [45]": printed | dict(head="resblock3d"),
              "Eq. 7-9, ResBlock-2D + temporal attention [49]": printed | dict(head="resblock2d"),
-             "Eq. 7-9, DiT block + MLP": printed, "guidance only": dict(guidance_steps=cfg.steps),
-             "guidance, then Eq. 7-9, DiT block + MLP": {}}
+             "guidance only": dict(guidance_steps=cfg.steps),
+             "guidance, then Eq. 7-9": dict(guidance_steps=cfg.steps // 3), "Eq. 7-9, DiT block + MLP": printed}
     print0(HEADER)
     for name, how in ("guided", recipe(about)), ("unguided", recipe(about)[:1]), ("few steps", [few]):
         evaluate(table, f"teacher, {name}", [teacher], vae, about, cfg.score_clips, *how)
