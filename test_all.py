@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import distill
 import dit
 import export_ios
 import sample
@@ -705,6 +706,138 @@ def test_sample_scores_beside_baselines():
 
 
 # ------------------------------------------------------------------------------------------------ distill.py
+TINY_DISTILL = distill.Config(steps=6, guidance_steps=3, batch_size=4, trunk=1, num_steps=2, score_clips=2,
+                              save_every=2, log_every=2)
+
+
+def tiny_adversary(head="dit", trunk=1):
+    """A frozen generator, its discriminator and a batch of clips, times and captions."""
+    (x, t, *text), generator = tiny_inputs(), dit.DiT(TINY_DIT).requires_grad_(False)
+    return generator, distill.Discriminator(generator, trunk, head), x, t, text
+
+
+@torch.no_grad()
+def test_fake_is_an_euler_step_and_as_noisy_as_real():
+    generator, _, x, _, text = tiny_adversary()
+    mean, std, n = .7, .5, 400_000
+    x0, noise, again = (torch.randn(n, 1, 1, 1, 1).double() for _ in range(3))
+    for t, t_next in ((1., .75), (1., 0.), (.75, .25), (.5, 0.)):
+        two = torch.full((2,), t), torch.full((2,), t_next)
+        close(distill.jump(x, generator(x, two[0], *text), *two), dit.sample(generator, x, *text, [t, t_next]))
+        times = torch.full((n,), t).double(), torch.full((n,), t_next).double()
+        x_t, real = dit.add_noise(mean + std * x0, noise, times[0]), dit.add_noise(mean + std * x0, again, times[1])
+        # A perfect generator of N(mean, std^2): the velocity of one step that keeps quantiles.
+        scale = [math.hypot((1 - s) * std, s) for s in (t, t_next)]
+        there = (1 - t_next) * mean + (x_t - (1 - t) * mean) * scale[1] / scale[0]
+        for clips in (real, distill.jump(x_t, (there - x_t) / (t_next - t), *times)):
+            assert abs(clips.mean() - (1 - t_next) * mean) < .005 and abs(clips.std() - scale[1]) < .005, (t, t_next)
+
+
+def test_losses_of_the_adversaries():
+    one, (real, fake) = torch.ones(4, 3), torch.randn(2, 4, 3).double()
+    assert distill.discriminator_loss(-one, one) == 0 and distill.discriminator_loss(-5 * one, 5 * one) == 0
+    assert distill.discriminator_loss(one, -one) == 4 and distill.discriminator_loss(0 * one, 0 * one) == 2
+    slow = sum(max(0, 1 + r) for r in real.flatten().tolist()) + sum(max(0, 1 - f) for f in fake.flatten().tolist())
+    close(distill.discriminator_loss(real, fake), torch.tensor(slow / 12, dtype=torch.float64))
+    x = torch.randn(5, 8, 2, 3, 2).double().requires_grad_()             # pseudo-Huber
+    zero, lengths = torch.zeros_like(x), x.detach().flatten(1).norm(dim=1)
+    slow = torch.tensor([math.hypot(length, .3) - .3 for length in lengths.tolist()], dtype=torch.float64)
+    close(distill.reconstruction_loss(x, zero, .3), slow.mean(), 1e-12)
+    close(distill.reconstruction_loss(x, zero, 1e-6), lengths.mean())    # far: the distance, near: half its square
+    close(distill.reconstruction_loss(1e-4 * x, zero, 1.), 5e-9 * (lengths ** 2).mean())
+    slope, = torch.autograd.grad(distill.reconstruction_loss(x, zero, 1e-6), x)
+    close(slope.norm(), distill.level(torch.randn(5, 8, 2, 3, 2).double()).norm())
+
+
+def test_times_go_down():
+    counts = Counter(zip(*(t.tolist() for t in distill.draw_times(20_000, 4))))
+    assert set(counts) == {(a, b) for a in (1, .75, .5, .25) for b in (.75, .5, .25, 0) if b < a}
+    assert max(abs(n - 2000) for n in counts.values()) < 250, counts
+
+
+def test_generator_learns_to_pass_and_what_is_frozen_stays():
+    generator, discriminator, x, _, text = tiny_adversary()
+    model, t, t_next = dit.DiT(TINY_DIT).double(), torch.ones(2).double(), torch.tensor([.5, 0]).double()
+    generator.double(), discriminator.double()
+    x, parameters, text = x.double(), list(model.parameters()), [y.double() for y in text]
+
+    def judged(distance, hook=lambda gradient: gradient):
+        torch._foreach_add_([p.data for p in parameters], ways, alpha=distance)
+        fake = distill.jump(x, model(x, t, *text), t, t_next)
+        fake.register_hook(hook)
+        return discriminator(fake, t_next, *text).mean()
+
+    ways, frozen = [torch.zeros_like(p) for p in parameters], copy.deepcopy(generator.state_dict())
+    ways = torch.autograd.grad(judged(0), parameters)
+    close(judged(1e-5) - judged(-2e-5), 2e-5 * sum((way ** 2).sum() for way in ways), 1e-3)  # D(fake) falls
+    levelled = torch.autograd.grad(judged(1e-5, distill.level), parameters)
+    scale = levelled[0].norm() / ways[0].norm()
+    for a, b in zip(levelled, ways):
+        close(a, scale * b)                                              # the same way
+    judged(0).backward()
+    assert all(p.grad is None for p in generator.parameters()) and same(frozen, generator.state_dict())
+    assert all(p.grad is not None for p in discriminator.heads.parameters())
+
+
+def test_discriminators_learn_and_see_what_their_sources_say():
+    for head, count in (("dit", 1), ("resblock2d", 2), ("resblock3d", 2)):
+        generator, discriminator, x, t, text = tiny_adversary(head, 2)
+        optimizer = torch.optim.SGD(discriminator.heads.parameters(), 1e-3)
+        loss = lambda: distill.discriminator_loss(discriminator(x, t, *text), discriminator(x + .5, t, *text))
+        (before := loss()).backward()
+        optimizer.step()
+        assert loss() < before, head                                     # at a fixed generator
+        scores = discriminator(x, t, *text)
+        assert scores.shape == (2, count * 12), head
+        for other in (discriminator(x, 1 - t, *text), discriminator(x, t, text[0].flip(0), text[1])):
+            assert (other - scores).abs().amax(1).min() > 1e-4, head     # time and caption, by the trunk
+        tokens, _, conditions = generator.embed(x, t, *text)
+        others = generator.embed(x, 1 - t, text[0].flip(0), text[1])[2]
+        a, b = (discriminator.heads[0](tokens, (2, 3, 2), c) for c in (conditions, others))
+        assert torch.equal(a, b) == (head != "dit"), head                # by itself, only the paper's
+        tokens[:, 6:].normal_()                                          # the second latent frame
+        moved = (discriminator.heads[0](tokens, (2, 3, 2), conditions) - a).abs().view(2, 2, 6).amax(2)
+        assert moved[:, 0].min() > 1e-6, head                            # all look across time
+
+
+def test_distill_resumes_to_the_same_bits(folder):
+    cfg = replace(TINY_DISTILL, init=f"{trained()}/dit.pt", out=str(folder / "whole"))
+    figures, parts = distill.main(cfg), replace(cfg, out=str(folder / "parts"))
+    assert figures["evaluations"] == 2 and figures["evaluations_teacher"] == 6
+    for again in (False, True):                                          # broken off in the warm start and after it
+        with patch.object(dit, "save", breaking(dit.save, 1)):
+            aborts("broken off", distill.main, replace(parts, resume=again))
+    distill.main(replace(parts, resume=True))
+    once, twice = (vae.load(folder / name / "distilled.pt", "distilled") for name in ("whole", "parts"))
+    assert (wrong := [k for k in once if k != "config" and not same(once[k], twice[k])]) == [], wrong
+    about, teacher = dit.load_dit(folder / "whole" / "distilled.pt")[1], vae.load(trained() / "dit.pt")["ema"]
+    assert not same(once["ema"], teacher) and not same(once["ema"], once["model"]) and dit.recipe(about)[1] == 1
+    assert read_png(folder / "whole" / "distilled.png")[0].shape == (9, 2 * 32, 6 * 32, 3)
+
+
+def test_distill_says_what_is_wrong(folder):
+    good = torch.load(trained() / "dit.pt", weights_only=True)
+    torch.save(good | {"generator": good["generator"] | {"text_dim": 24}}, folder / "wide.pt")
+    for words, flags in (("dit.py first", ""), ("text_dim 24", f"--init {folder}/wide.pt"),
+                         ("--head conv", f"--head conv --init {trained()}/dit.pt"),
+                         ("2 blocks", f"--trunk 3 --init {trained()}/dit.pt"),
+                         ("no generator", f"--init {trained()}/vae.pt")):
+        status, _, error = command(distill, "--out", str(folder), *flags.split())
+        assert status == 2 and words in error and error.count("\n") == 1, error
+    for guidance_steps, part in ((6, "guidance_loss"), (0, "discriminator_loss"), (0, "reconstruction_loss")):
+        cfg = replace(TINY_DISTILL, guidance_steps=guidance_steps, out=str(folder), init=f"{trained()}/dit.pt")
+        poisoned = Mock(wraps=getattr(distill, part))
+        poisoned.side_effect = lambda *_: DEFAULT if poisoned.call_count < 5 else torch.tensor(math.nan)
+        with patch.object(distill, part, poisoned):
+            aborts("nan at step 5" if guidance_steps else "nan at step", distill.main, cfg)
+        kept = vae.load(folder / "distilled.pt", finished=False)
+        assert kept["step"] == 4 and all(v.isfinite().all() for v in kept["ema"].values()), part
+
+
+def test_ablation_has_every_row(folder):
+    cfg = replace(TINY_DISTILL, init=f"{trained()}/dit.pt", out=str(folder), ablation=True, seeds=2, steps=2)
+    figures, table = distill.main(replace(cfg, guidance_steps=1)), (folder / "ablation.txt").read_text().splitlines()
+    assert len(table) == 1 + 3 + 7 + 4 and f"{figures['full_quality']:.3f}" in table[10]
 
 
 # ------------------------------------------------------------------------------------------------ export_ios.py
