@@ -353,11 +353,15 @@ PRESETS = {"toy": {}, "paper": dict(  # Sec. 5: the server model, 2.0B
     timestep_mean=0., ema=.9999, shift=8., save_every=1000)}
 
 
-def save_dit(path, step, cfg, about, model, ema, optimizers):
-    """Write a generator's checkpoint; about: a GeneratorConfig's values by name, and its VAE, compression and words."""
+def save_dit(path, step, cfg, about, model, ema, optimizers, **others):
+    """Write a generator's checkpoint; about: a GeneratorConfig's values by name, and its VAE, compression and words.
+
+    others: modules that train beside the generator, by name, so that resume finds them.
+    """
     save(path, stage=Path(path).stem, step=step, config=asdict(cfg), model=model.state_dict(), ema=ema.state_dict(),
          generator={k: v for k, v in vars(about).items() if k != "out"}, rng=torch.get_rng_state(),
-         optimizer=[optimizer.state_dict() for optimizer in optimizers])
+         optimizer=[optimizer.state_dict() for optimizer in optimizers],
+         **{name: module.state_dict() for name, module in others.items()})
 
 
 def build(about):
@@ -378,8 +382,18 @@ def load_dit(path, stage=None, device="cpu", data=""):
     about = SimpleNamespace(**checkpoint["generator"] | {"out": str(Path(path).parent)})
     about.data = data or about.data
     model = build(about)
-    model.load_state_dict(checkpoint["ema"])
+    try:
+        model.load_state_dict(checkpoint["ema"])
+    except RuntimeError:
+        raise Abort(f"{path}: the weights do not have the sizes that it says, such as text_dim {about.text_dim}: "
+                    f"run python {checkpoint['stage']}.py again") from None
     return model.eval().requires_grad_(False).to(device), about
+
+
+def find_generator(folder, checkpoint=""):
+    """Path of the named checkpoint, or of the latest stage's in a folder."""
+    stages = [Path(folder) / f"{stage}.pt" for stage in ("distilled", "pruned", "dit")]
+    return Path(checkpoint or next((path for path in stages if path.exists()), stages[-1]))
 
 
 @torch.no_grad()

@@ -18,7 +18,8 @@ import torch
 from einops import rearrange
 from torch.utils.flop_counter import FlopCounterMode
 
-from dit import DiT, LaterStage, WordEncoder, euler_times, generate, load_dit, load_vae, test_captions
+from dit import (DiT, LaterStage, WordEncoder, euler_times, find_generator, generate, load_dit, load_vae,
+                 test_captions)
 from vae import RATIOS, VAE, Abort, flag, launch, open_clips, print0, score, setup, summary, write_png
 
 
@@ -143,8 +144,7 @@ def main(cfg):
     began, (device, _, _) = time.time(), setup(cfg.seed)
     if cfg.format not in ("png", "npy", "mp4"):
         raise Abort(f"--format {cfg.format}: choose from png, npy, mp4")
-    stages = [Path(cfg.out) / f"{s}.pt" for s in ("distilled", "pruned", "dit")]
-    path = Path(cfg.checkpoint or next((p for p in stages if p.exists()), stages[-1]))
+    path = find_generator(cfg.out, cfg.checkpoint)
     model, trained = load_dit(path, device=device, data=cfg.data)
     vae = load_vae(path.parent, device, trained.vae)
     frames, size = cfg.frames or trained.frames, cfg.size or trained.size

@@ -31,8 +31,11 @@ from unittest.mock import DEFAULT, Mock, patch
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
+import distill
 import dit
+import export_ios
 import prune
 import sample
 import vae
@@ -41,7 +44,7 @@ from vae import COMBINATIONS, HELD_OUT, Abort
 torch.set_num_threads(1)  # the fastest for models as small as these
 SHARED = tempfile.TemporaryDirectory()
 TINY_VAE = vae.Config(frames=9, size=(32, 32), latent_channels=8, widths=(8, 8, 16, 16), encoder_blocks=(1, 0, 1, 1),
-                      decoder_blocks=(0, 1, 1, 1), crop=(1, 32, 32), steps=4, save_every=2, log_every=2)
+                      decoder_blocks=(0, 1, 1, 1), steps=4, save_every=2, log_every=2)
 LTX_VAE = replace(TINY_VAE, patch=0, light=False, encoder_blocks=(1, 1, 1, 2), decoder_blocks=(1, 1, 1, 2))
 TINY_DIT = dit.Config(frames=9, size=(32, 32), in_channels=8, depth=2, width=32, num_heads=2, head_dim=16, ffn_dim=64,
                       text_dim=12, num_clips=12, batch_size=4, steps=4, save_every=2, log_every=2, num_steps=3,
@@ -273,11 +276,9 @@ def test_objects_move_as_said_inside_the_frame():
 
 
 def test_clips_depend_on_seed_and_index_alone():
-    draw = lambda rows, *key, **part: vae.render(COMBINATIONS[rows], *key, frames=3, size=(64, 64), **part)
+    draw = lambda rows, *key: vae.render(COMBINATIONS[rows], *key, frames=3, size=(64, 64))
     clips = draw([5, 300, 701], 3, 10)
     assert torch.equal(clips, draw([5, 300, 701], 3, 10)) and torch.equal(clips[1:2], draw([300], 3, 11))
-    window = slice(1, 3), slice(8, 40), slice(20, 60)
-    close(draw([5, 300, 701], 3, 10, window=window), clips[:, :, *window], 1e-6)  # a part of the same clips
     others = [draw([5], *key) for key in ((3, 10), (3, 11), (4, 10))]
     assert all((a - b).abs().max() > .5 for a, b in itertools.combinations(others, 2))
 
@@ -867,9 +868,330 @@ def test_tables_of_fig_3_and_table_4(folder):
 
 
 # ------------------------------------------------------------------------------------------------ distill.py
+TINY_DISTILL = distill.Config(steps=6, guidance_steps=3, batch_size=4, trunk=1, num_steps=2, score_clips=2,
+                              save_every=2, log_every=2)
+
+
+def tiny_adversary(head="dit", trunk=1):
+    """A frozen generator, its discriminator and a batch of clips, times and captions."""
+    (x, t, *text), generator = tiny_inputs(), dit.DiT(TINY_DIT).requires_grad_(False)
+    return generator, distill.Discriminator(generator, trunk, head), x, t, text
+
+
+@torch.no_grad()
+def test_fake_is_an_euler_step_and_as_noisy_as_real():
+    generator, _, x, _, text = tiny_adversary()
+    mean, std, n = .7, .5, 400_000
+    x0, noise, again = (torch.randn(n, 1, 1, 1, 1).double() for _ in range(3))
+    for t, t_next in ((1., .75), (1., 0.), (.75, .25), (.5, 0.)):
+        two = torch.full((2,), t), torch.full((2,), t_next)
+        close(distill.jump(x, generator(x, two[0], *text), *two), dit.sample(generator, x, *text, [t, t_next]))
+        times = torch.full((n,), t).double(), torch.full((n,), t_next).double()
+        x_t, real = dit.add_noise(mean + std * x0, noise, times[0]), dit.add_noise(mean + std * x0, again, times[1])
+        # A perfect generator of N(mean, std^2): the velocity of one step that keeps quantiles.
+        scale = [math.hypot((1 - s) * std, s) for s in (t, t_next)]
+        there = (1 - t_next) * mean + (x_t - (1 - t) * mean) * scale[1] / scale[0]
+        for clips in (real, distill.jump(x_t, (there - x_t) / (t_next - t), *times)):
+            assert abs(clips.mean() - (1 - t_next) * mean) < .005 and abs(clips.std() - scale[1]) < .005, (t, t_next)
+
+
+def test_losses_of_the_adversaries():
+    one, (real, fake) = torch.ones(4, 3), torch.randn(2, 4, 3).double()
+    assert distill.discriminator_loss(-one, one) == 0 and distill.discriminator_loss(-5 * one, 5 * one) == 0
+    assert distill.discriminator_loss(one, -one) == 4 and distill.discriminator_loss(0 * one, 0 * one) == 2
+    slow = sum(max(0, 1 + r) for r in real.flatten().tolist()) + sum(max(0, 1 - f) for f in fake.flatten().tolist())
+    close(distill.discriminator_loss(real, fake), torch.tensor(slow / 12, dtype=torch.float64))
+    x = torch.randn(5, 8, 2, 3, 2).double().requires_grad_()             # pseudo-Huber
+    zero, lengths = torch.zeros_like(x), x.detach().flatten(1).norm(dim=1)
+    slow = torch.tensor([math.hypot(length, .3) - .3 for length in lengths.tolist()], dtype=torch.float64)
+    close(distill.reconstruction_loss(x, zero, .3), slow.mean(), 1e-12)
+    close(distill.reconstruction_loss(x, zero, 1e-6), lengths.mean())    # far: the distance, near: half its square
+    close(distill.reconstruction_loss(1e-4 * x, zero, 1.), 5e-9 * (lengths ** 2).mean())
+    slope, = torch.autograd.grad(distill.reconstruction_loss(x, zero, 1e-6), x)
+    close(slope.norm(), distill.level(torch.randn(5, 8, 2, 3, 2).double()).norm())
+
+
+def test_times_go_down():
+    counts = Counter(zip(*(t.tolist() for t in distill.draw_times(20_000, 4))))
+    assert set(counts) == {(a, b) for a in (1, .75, .5, .25) for b in (.75, .5, .25, 0) if b < a}
+    assert max(abs(n - 2000) for n in counts.values()) < 250, counts
+
+
+def test_generator_learns_to_pass_and_what_is_frozen_stays():
+    generator, discriminator, x, _, text = tiny_adversary()
+    model, t, t_next = dit.DiT(TINY_DIT).double(), torch.ones(2).double(), torch.tensor([.5, 0]).double()
+    generator.double(), discriminator.double()
+    x, parameters, text = x.double(), list(model.parameters()), [y.double() for y in text]
+
+    def judged(distance, hook=lambda gradient: gradient):
+        torch._foreach_add_([p.data for p in parameters], ways, alpha=distance)
+        fake = distill.jump(x, model(x, t, *text), t, t_next)
+        fake.register_hook(hook)
+        return discriminator(fake, t_next, *text).mean()
+
+    ways, frozen = [torch.zeros_like(p) for p in parameters], copy.deepcopy(generator.state_dict())
+    ways = torch.autograd.grad(judged(0), parameters)
+    close(judged(1e-5) - judged(-2e-5), 2e-5 * sum((way ** 2).sum() for way in ways), 1e-3)  # D(fake) falls
+    levelled = torch.autograd.grad(judged(1e-5, distill.level), parameters)
+    scale = levelled[0].norm() / ways[0].norm()
+    for a, b in zip(levelled, ways):
+        close(a, scale * b)                                              # the same way
+    judged(0).backward()
+    assert all(p.grad is None for p in generator.parameters()) and same(frozen, generator.state_dict())
+    assert all(p.grad is not None for p in discriminator.heads.parameters())
+
+
+def test_discriminators_learn_and_see_what_their_sources_say():
+    for head, count in (("dit", 1), ("resblock2d", 2), ("resblock3d", 2)):
+        generator, discriminator, x, t, text = tiny_adversary(head, 2)
+        optimizer = torch.optim.SGD(discriminator.heads.parameters(), 1e-3)
+        loss = lambda: distill.discriminator_loss(discriminator(x, t, *text), discriminator(x + .5, t, *text))
+        (before := loss()).backward()
+        optimizer.step()
+        assert loss() < before, head                                     # at a fixed generator
+        scores = discriminator(x, t, *text)
+        assert scores.shape == (2, count * 12), head
+        for other in (discriminator(x, 1 - t, *text), discriminator(x, t, text[0].flip(0), text[1])):
+            assert (other - scores).abs().amax(1).min() > 1e-4, head     # time and caption, by the trunk
+        tokens, _, conditions = generator.embed(x, t, *text)
+        others = generator.embed(x, 1 - t, text[0].flip(0), text[1])[2]
+        a, b = (discriminator.heads[0](tokens, (2, 3, 2), c) for c in (conditions, others))
+        assert torch.equal(a, b) == (head != "dit"), head                # by itself, only the paper's
+        tokens[:, 6:].normal_()                                          # the second latent frame
+        moved = (discriminator.heads[0](tokens, (2, 3, 2), conditions) - a).abs().view(2, 2, 6).amax(2)
+        assert moved[:, 0].min() > 1e-6, head                            # all look across time
+
+
+def test_distill_resumes_to_the_same_bits(folder):
+    cfg = replace(TINY_DISTILL, init=f"{trained()}/dit.pt", out=str(folder / "whole"))
+    figures, parts = distill.main(cfg), replace(cfg, out=str(folder / "parts"))
+    assert figures["evaluations"] == 2 and figures["evaluations_teacher"] == 6
+    for again in (False, True):                                          # broken off in the warm start and after it
+        with patch.object(dit, "save", breaking(dit.save, 1)):
+            aborts("broken off", distill.main, replace(parts, resume=again))
+    distill.main(replace(parts, resume=True))
+    once, twice = (vae.load(folder / name / "distilled.pt", "distilled") for name in ("whole", "parts"))
+    assert (wrong := [k for k in once if k != "config" and not same(once[k], twice[k])]) == [], wrong
+    about, teacher = dit.load_dit(folder / "whole" / "distilled.pt")[1], vae.load(trained() / "dit.pt")["ema"]
+    assert not same(once["ema"], teacher) and not same(once["ema"], once["model"]) and dit.recipe(about)[1] == 1
+    assert read_png(folder / "whole" / "distilled.png")[0].shape == (9, 2 * 32, 6 * 32, 3)
+
+
+def test_distill_says_what_is_wrong(folder):
+    good = torch.load(trained() / "dit.pt", weights_only=True)
+    torch.save(good | {"generator": good["generator"] | {"text_dim": 24}}, folder / "wide.pt")
+    for words, flags in (("dit.py first", ""), ("text_dim 24", f"--init {folder}/wide.pt"),
+                         ("--head conv", f"--head conv --init {trained()}/dit.pt"),
+                         ("2 blocks", f"--trunk 3 --init {trained()}/dit.pt"),
+                         ("no generator", f"--init {trained()}/vae.pt")):
+        status, _, error = command(distill, "--out", str(folder), *flags.split())
+        assert status == 2 and words in error and error.count("\n") == 1, error
+    for guidance_steps, part in ((6, "guidance_loss"), (0, "discriminator_loss"), (0, "reconstruction_loss")):
+        cfg = replace(TINY_DISTILL, guidance_steps=guidance_steps, out=str(folder), init=f"{trained()}/dit.pt")
+        poisoned = Mock(wraps=getattr(distill, part))
+        poisoned.side_effect = lambda *_: DEFAULT if poisoned.call_count < 5 else torch.tensor(math.nan)
+        with patch.object(distill, part, poisoned):
+            aborts("nan at step 5" if guidance_steps else "nan at step", distill.main, cfg)
+        kept = vae.load(folder / "distilled.pt", finished=False)
+        assert kept["step"] == 4 and all(v.isfinite().all() for v in kept["ema"].values()), part
+
+
+def test_ablation_has_every_row(folder):
+    cfg = replace(TINY_DISTILL, init=f"{trained()}/dit.pt", out=str(folder), ablation=True, seeds=2, steps=2)
+    figures, table = distill.main(replace(cfg, guidance_steps=1)), (folder / "ablation.txt").read_text().splitlines()
+    assert len(table) == 1 + 3 + 7 + 4 and f"{figures['full_quality']:.3f}" in table[10]
 
 
 # ------------------------------------------------------------------------------------------------ export_ios.py
+
+
+# ------------------------------------------------------------------------------------------------ export_ios.py
+@lru_cache
+def exported(bits, pruned):
+    """A folder with packages of the tiny models, four steps without guidance, and the figures of their export."""
+    folder = Path(SHARED.name) / f"export{bits}{pruned}"
+    folder.mkdir()
+    shutil.copy(trained() / "vae.pt", folder)
+    checkpoint = vae.load(trained() / "dit.pt")
+    checkpoint["generator"] |= dict(num_steps=4, guidance_scale=1., shift=1., num_heads=1 if pruned else 2)
+    if pruned:  # one of two heads is left, and not the same one in both blocks
+        model = dit.DiT(replace(TINY_DIT, num_heads=1))
+        model.blocks[1].self_attn.head_ids += 1
+        checkpoint["ema"] = model.state_dict()
+    vae.save(folder / "dit.pt", **checkpoint)
+    return folder, export_ios.main(export_ios.Config(out=str(folder), bits=bits))
+
+
+def run_package(name, bits=16, pruned=False):
+    """(the Program of a package, inputs for it, its output)."""
+    program = export_ios.Program(exported(bits, pruned)[0] / f"{name}.mlpackage")
+    torch.manual_seed(3)
+    inputs = [torch.rand(shape) if name in ("t", "t_next", "text_mask") else torch.randn(shape)
+              for name, _, shape in program.inputs]
+    return program, inputs, program(*inputs)
+
+
+def mil(ops, inputs, folder):
+    """ops(*inputs), written with Core ML's builder, saved, read back and executed."""
+    import coremltools as ct
+    from coremltools.converters.mil import Builder as mb
+    program = mb.program([mb.TensorSpec(tuple(x.shape)) for x in inputs], opset_version=ct.target.iOS18)(ops)
+    ct.convert(program, minimum_deployment_target=ct.target.iOS18, compute_precision=ct.precision.FLOAT32,
+               skip_model_load=True).save(str(folder / "op.mlpackage"))
+    return export_ios.Program(folder / "op.mlpackage")(*inputs)
+
+
+def test_executor_knows_each_operation(folder):
+    optional("coremltools")
+    from coremltools.converters.mil import Builder as mb
+    x, y, video = torch.randn(2, 6, 4), torch.randn(2, 6, 4), torch.randn(1, 4, 3, 6, 6)
+    weight, kernel, bias, gamma = (np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+                                   for shape in ((3, 4), (3, 4, 3, 3, 3), (3,), (4,)))
+    cases = {
+        "add": (lambda x, y: mb.add(x=x, y=y), x + y), "sub": (lambda x, y: mb.sub(x=x, y=y), x - y),
+        "mul": (lambda x, y: mb.mul(x=x, y=y), x * y), "sin": (lambda x: mb.sin(x=x), torch.sin(x)),
+        "cos": (lambda x: mb.cos(x=x), torch.cos(x)), "silu": (lambda x: mb.silu(x=x), x * torch.sigmoid(x)),
+        "rsqrt": (lambda x: mb.rsqrt(x=mb.mul(x=x, y=x), epsilon=.1), 1 / (x * x + .1).sqrt()),
+        "clip": (lambda x: mb.clip(x=x, alpha=-.5, beta=.25), x.clamp(-.5, .25)),
+        "gelu": (lambda x: mb.gelu(x=x, mode="TANH_APPROXIMATION"),
+                 .5 * x * (1 + torch.tanh((2 / math.pi) ** .5 * (x + .044715 * x ** 3)))),
+        "erf": (lambda x: mb.gelu(x=x, mode="EXACT"), x * torch.special.ndtr(x)),
+        "reduce_mean": (lambda x: mb.reduce_mean(x=x, axes=[1], keep_dims=True), x.sum(1, keepdim=True) / 6),
+        "layer_norm": (lambda x: mb.layer_norm(x=x, axes=[-1], gamma=gamma, beta=gamma, epsilon=1e-2),
+                       (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-2).sqrt()
+                       * torch.from_numpy(gamma) + torch.from_numpy(gamma)),
+        "linear": (lambda x: mb.linear(x=x, weight=weight, bias=bias),
+                   torch.einsum("bij,kj->bik", x, torch.from_numpy(weight)) + torch.from_numpy(bias)),
+        "transpose": (lambda x: mb.transpose(x=x, perm=[2, 0, 1]), torch.einsum("abc->cab", x)),
+        "reshape": (lambda x: mb.reshape(x=x, shape=[3, 16]), x.flatten().view(3, 16)),
+        "expand_dims": (lambda x: mb.expand_dims(x=x, axes=[1]), x[:, None]),
+        "squeeze": (lambda x: mb.squeeze(x=mb.reshape(x=x, shape=[12, 1, 4]), axes=[1]), x.view(12, 4)),
+        "tile": (lambda x: mb.tile(x=x, reps=[1, 2, 3]), torch.cat([torch.cat([x, x], 1)] * 3, 2)),
+        "split": (lambda x: mb.split(x=x, split_sizes=[1, 5], axis=1)[1], x[:, 1:]),
+        "stack": (lambda x, y: mb.stack(values=[x, y], axis=1), torch.cat([x[:, None], y[:, None]], 1)),
+        "concat": (lambda x, y: mb.concat(values=[x, y], axis=2), torch.stack([x, y], 2).flatten(2)),
+        "slice": (lambda x: mb.slice_by_index(x=x, begin=[0, 2, 0], end=[0, 5, 3], begin_mask=[True, False, False],
+                                              end_mask=[True, False, True]), x[:, 2:5]),
+        "gather": (lambda x: mb.gather(x=x, indices=np.int32([3, 0, 3]), axis=1), x[:, [3, 0, 3]]),
+        "cast": (lambda x: mb.cast(x=mb.cast(x=x, dtype="fp16"), dtype="fp32"), x.half().float()),
+        "attention": (lambda x, y: mb.scaled_dot_product_attention(query=x, key=y, value=x, attn_mask=np.float32(
+            [[0, 0, -1e4, 0, 0, 0]])), (x @ y.mT / 2 + torch.tensor([0, 0, -1e4, 0, 0, 0])).softmax(-1) @ x),
+        "conv": (lambda x: mb.conv(x=x, weight=kernel, bias=bias, pad_type="custom", pad=[0, 0, 1, 1, 1, 1]),
+                 torch.einsum(
+            "bcfhwijk,ocijk->bofhw", F.pad(video, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1).unfold(4, 3, 1),
+            torch.from_numpy(kernel)) + torch.from_numpy(bias).view(3, 1, 1, 1))}
+    for name, (ops, expected) in cases.items():
+        inputs = [video] if name == "conv" else [x, y][:ops.__code__.co_argcount]
+        close(mil(ops, inputs, folder), expected, 2e-6)
+        shutil.rmtree(folder / "op.mlpackage")
+
+
+def test_packages_say_what_they_are():
+    optional("coremltools")
+    folder, figures = exported(16, False)
+    assert figures["step_error"] < 3e-3 and figures["run_error"] < 5e-3 and figures["run_psnr"] > 45, figures
+    denoiser, decoder = (export_ios.Program(folder / f"{name}.mlpackage") for name in ("denoiser", "decoder"))
+    said = {v.name: (v.shortDescription, list(v.type.multiArrayType.shape)) for v in denoiser.model.description.input}
+    assert {k: v[1] for k, v in said.items()} == dict(latents=[1, 8, 2, 1, 1], t=[1], t_next=[1], text_emb=[1, 12, 12],
+                                                      text_mask=[1, 12]) and all(v[0] for v in said.values())
+    assert decoder.output == "frames" and decoder.ops[-1][2][0][2] == [9, 3, 32, 32]
+    about = denoiser.model.description.metadata.userDefined
+    assert about["times"] == "[1.0, 0.75, 0.5, 0.25, 0.0]" and about["latent_shape"] == "[8, 2, 1, 1]"
+    assert about["text_length"] == "12" and not denoiser.model.description.metadata.license
+    for program in (denoiser, decoder):
+        assert max(len(shape) for _, _, results in program.ops for *_, shape in results) <= 5
+    kinds = Counter(kind for kind, *_ in denoiser.ops)
+    assert kinds["scaled_dot_product_attention"] == 4 and not kinds["gather"], kinds
+
+
+def test_packages_compute_what_models_do():
+    optional("coremltools")
+    for bits, pruned, tolerance in ((16, False, 3e-3), (32, False, 1e-5), (16, True, 3e-3)):
+        (x, t, t_next, emb, mask), y = run_package("denoiser", bits, pruned)[1:]
+        model, _ = dit.load_dit(exported(bits, pruned)[0] / "dit.pt")
+        close(y, x + (t_next - t) * model(x, t, emb, mask), tolerance)
+        (z,), frames = run_package("decoder", bits, pruned)[1:]
+        close(frames * 2 - 1, dit.load_vae(trained()).decode(z)[0].transpose(0, 1).clamp(-1, 1), 2 * tolerance)
+    program = run_package("denoiser", 16, True)[0]
+    assert sum(kind == "gather" for kind, *_ in program.ops) == 4    # cosines and sines of two blocks
+
+
+def test_compressed_packages_are_smaller_and_worse():
+    optional("coremltools")
+    figures = [exported(bits, False)[1] for bits in (32, 16, 8, 4)]
+    errors, sizes = ([each[key] for each in figures] for key in ("run_error", "denoiser_mb"))
+    assert list(errors) == sorted(errors) and list(sizes) == sorted(sizes, reverse=True), (errors, sizes)
+
+
+def test_check_catches_what_is_wrong():
+    optional("coremltools")
+    model, about = dit.load_dit(exported(16, False)[0] / "dit.pt")
+    autoencoder, times = dit.load_vae(trained()), dit.recipe(about)[0]
+    shape = autoencoder.latent_shape(about.frames, *about.size)
+
+    def check(which=0, size=None, spoil=lambda weight: weight):
+        """Check the denoiser (0) and the decoder (1), of which one has its first weight of this size spoilt."""
+        torch.manual_seed(0)
+        programs = [export_ios.Program(exported(16, False)[0] / f"{n}.mlpackage") for n in ("denoiser", "decoder")]
+        for name, value in programs[which].constants.items():
+            if isinstance(value, torch.Tensor) and list(value.shape) == size:
+                programs[which].constants[name] = spoil(value)
+                break
+        return export_ios.check(*programs, model, autoencoder, shape, about, times, 16, True)
+
+    assert check()["run_psnr"] > 45
+    aborts("next_latents, t 1.000", check, 0, [32, 32], lambda weight: weight.T)
+    aborts("next_latents, t 1.000", check, 0, [8, 32], lambda weight: weight * 1.02)  # of the output
+    aborts("frames", check, 1, [16, 16, 3, 1, 1], lambda weight: weight.flip(2))      # backwards in time
+    with patch.dict(export_ios.OPS):
+        del export_ios.OPS["gelu"]
+        assert check() == {}                                                         # and says SKIPPED
+    model.proj_in.weight *= 1e5  # tokens that fp16 cannot hold, and fp32 can
+    aborts("error nan", check, 0, [32, 8], lambda weight: weight * 1e5)
+
+
+def test_only_good_packages_replace_others(folder):
+    optional("coremltools")
+    source, _ = exported(16, False)
+    cfg = export_ios.Config(out=str(folder), checkpoint=str(source / "dit.pt"))
+    files = lambda: {f.relative_to(folder): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+    def export(factor):
+        def convert(path, *_):
+            shutil.copytree(source / path.name, path)
+            tensors = [x for x in export_ios.Program(path).constants.values() if isinstance(x, torch.Tensor)]
+            weights, largest = path / "Data/com.apple.CoreML/weights/weight.bin", max(tensors, key=torch.numel).numpy()
+            wrong = (largest * np.float16(factor)).tobytes()
+            weights.write_bytes(weights.read_bytes().replace(largest.tobytes(), wrong))
+        with patch.object(export_ios, "convert", convert):
+            return export_ios.main(cfg)
+
+    (folder / "decoder.mlpackage").mkdir()
+    (folder / "decoder.mlpackage" / "old").touch()
+    export(1)
+    good = files()
+    assert {f.parts[0] for f in good} == {"denoiser.mlpackage", "decoder.mlpackage"} and "old" not in str(good.keys())
+    aborts("no package is kept", export, .9)
+    assert files() == good and len(list(folder.iterdir())) == 2
+
+
+def test_export_says_what_is_wrong(folder):
+    (folder / "file").touch()
+    for flags, words in ((["--out", f"{folder}/none"], "run python dit.py first"), (["--bits", "6"], "choose from"),
+                         (["--out", f"{folder}/file", "--checkpoint", f"{trained()}/dit.pt"], "file"),
+                         (["--out", str(trained()), "--frames", "10"], "1 + a multiple of 8")):
+        code, out, error = command(export_ios, *flags)
+        assert code == 2 and words in error and error.count("\n") == 1, (flags, code, error)
+
+
+def test_estimate_is_calibrated_on_the_paper():
+    cfg = export_ios.Config(preset="paper", out="nowhere", dry_run=True, **export_ios.PRESETS["paper"])
+    figures = export_ios.main(cfg)
+    assert figures["denoiser_parameters"] == 960_221_312 and figures["decoder_parameters"] == 238_789_296
+    with torch.device("meta"), FlopCounterMode(display=False) as flops:
+        server = dit.Config(**dit.PRESETS["paper"])
+        dit.DiT(server)(torch.empty(1, 128, 7, 12, 16), torch.empty(1), torch.empty(1, 128, 1024), torch.empty(1, 128))
+    assert abs(flops.get_total_flops() / export_ios.FLOPS - .88) < .01
 
 
 if __name__ == "__main__":

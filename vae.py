@@ -319,17 +319,17 @@ def track(shape, motion, rng, frames):
     return r, low + (high - low) * torch.tensor(rng.uniform(size=2), dtype=torch.float32) + path
 
 
-def render(attributes, seed=0, index=0, frames=17, size=(128, 128), window=(slice(None),) * 3):
-    """Anti-aliased clips of one moving object on a plain background, or a window (of frames, rows, columns) of them.
+def render(attributes, seed=0, index=0, frames=17, size=(128, 128)):
+    """Anti-aliased clips of one moving object on a plain background.
 
     attributes: (n, 4) long, positions in ATTRIBUTES. Clip i depends on (seed, index + i) and its attributes alone.
     Returns video (n, 3, frames, height, width) in [-1, 1].
     """
-    p, q = (((torch.arange(n) + .5) / n)[w] for n, w in zip(size, window[1:]))
+    p, q = ((torch.arange(n) + .5) / n for n in size)
     video = []
     for i, (colour, shape, motion, background) in enumerate(attributes.tolist()):
         r, path = track(shape, motion, np.random.default_rng((seed, index + i)), frames)
-        path = path[window[0], :, None, None]
+        path = path[..., None, None]
         x, y = q - path[:, 0], p[:, None] - path[:, 1]                                           # (F, 1, W), (F, H, 1)
         inside = (.5 - size[0] * signed_distance(shape, x, y, r)).clamp(0, 1)                    # (F, H, W)
         top, bottom = GROUNDS[background, :, :, None, None, None]
@@ -470,8 +470,8 @@ class SyntheticClips:
         silent = rng.random(4) < .2 if self.split == "train" else rng.permutation(4) < 2
         return shown, torch.where(torch.from_numpy(silent), -1, shown)
 
-    def video(self, i, window=(slice(None),) * 3):
-        return render(self.attributes(i)[0][None], self.seed, i, self.cfg.frames, self.cfg.size, window)[0]
+    def video(self, i):
+        return render(self.attributes(i)[0][None], self.seed, i, self.cfg.frames, self.cfg.size)[0]
 
     def caption(self, i):
         return caption(self.attributes(i)[1].tolist())
@@ -506,9 +506,9 @@ class VideoFolder:
         self.kinds = {kind: indices for kind, indices in self.kinds.items() if indices}
         self.read = lru_cache(256)(self.read)
 
-    def video(self, i, window=(slice(None),) * 3):
+    def video(self, i):
         start, path = self.items[i]
-        return self.read(path, start)[:, *window]
+        return self.read(path, start)
 
     def caption(self, i):
         return " ".join(self.items[i][1].with_suffix(".txt").read_text().lower().split())
@@ -574,8 +574,8 @@ class VAEConfig(DataConfig):
     latent_channels: int = flag(128, "channels of the latents, the same for every ratio")
     patch: int = flag(8, "pixels of a patch, whose channels the encoder starts from; 0: every stage halves t, h and w")
     widths: tuple = flag((64, 64, 128, 256), "channels from the first stage to the latents'")
-    encoder_blocks: tuple = flag((0, 0, 1, 1), "residual blocks per stage of the encoder")
-    decoder_blocks: tuple = flag((0, 1, 1, 2), "and of the decoder")
+    encoder_blocks: tuple = flag((1, 1, 1, 1), "residual blocks per stage of the encoder")
+    decoder_blocks: tuple = flag((1, 1, 1, 2), "and of the decoder")
     light: bool = flag(True, "Ours: (1,3,3) + (3,1,1) kernels, and shortcuts round the samplers as in LTX 0.9.5")
 
 
@@ -742,14 +742,13 @@ class VAE(nn.Module):
 # ------------------------------------------------------------------------------------------------ training
 @dataclass
 class Config(VAEConfig):
-    steps: int = flag(1900, "training steps")
+    steps: int = flag(2600, "training steps")
     batch_size: int = flag(2, "clips per process and step")
-    crop: tuple = flag((9, 64, 64), "frames, height and width of the crops that training starts on")
-    crop_share: float = flag(.75, "Ours: share of the steps that are on crops, which show more objects in less time")
-    crop_batch: int = flag(8, "crops per process and step")
+    decoder_share: float = flag(.5, "Ours: last share of the steps, for the decoder alone; latents are good sooner")
     lr: float = flag(2e-3, "AdamW's learning rate")
     muon_lr: float = flag(.02, "Muon's, for inner matrices and kernels; 0: AdamW trains them too")
-    kl_weight: float = flag(1e-4, "weight of the KL divergence from N(0, I)")
+    kl_weight: float = flag(3e-2, "weight of the KL divergence from N(0, I)")
+    scale_weight: float = flag(.25, "Ours: weight of the scale loss, half the latents against half the video")
     consistency_weight: float = flag(0., "weight of the latent consistency loss of H3AE [48]")
     workers: int = flag(0, "processes that load clips; 0: the training process itself")
     save_every: int = flag(200, "steps between checkpoints")
@@ -760,8 +759,8 @@ class Config(VAEConfig):
 
 PRESETS = {"toy": {}, "paper": dict(  # LTX's own sizes: 419,193,649 parameters
     frames=33, size=(512, 512), fps=24., patch=0, widths=(128, 256, 512, 512), encoder_blocks=(4, 3, 3, 7),
-    decoder_blocks=(4, 3, 3, 7), light=False, steps=200_000, batch_size=1, crop_share=0., lr=5e-5, muon_lr=0.,
-    consistency_weight=.1, workers=8, save_every=1000)}
+    decoder_blocks=(4, 3, 3, 7), light=False, steps=200_000, batch_size=1, decoder_share=0., lr=5e-5, muon_lr=0.,
+    kl_weight=1e-4, scale_weight=0., consistency_weight=.1, workers=8, save_every=1000)}
 
 
 class Trainer(nn.Module):
@@ -769,6 +768,8 @@ class Trainer(nn.Module):
 
     Ours: the paper's losses are in a supplement that is not public. Its authors' VAE paper [48] finds that GAN, LPIPS
     and wavelet losses bring nothing at scale, and that a reconstruction, encoded again, should land on its latents.
+    Some find [Skorokhodov et al., arXiv 2502.14831] that latents are easier to generate if, at half their size, they
+    stand for the clip at half its size: then they change smoothly with what they show.
     """
 
     def __init__(self, vae, cfg):
@@ -777,16 +778,24 @@ class Trainer(nn.Module):
 
     def forward(self, video):
         """video (B, 3, F, H, W) -> loss, and the mean squared error."""
-        patches = self.vae.to_patches(video)
-        mean, logvar = self.vae.posterior(patches)
-        output = self.vae.reconstruct(mean + (logvar / 2).exp() * torch.randn_like(mean))
-        error = output - patches
-        loss = (detail_weight(video, self.vae.patch) * (error.abs() + 5 * error.square())).mean()
+        mean, logvar = self.vae.posterior(self.vae.to_patches(video))
+        z = mean + (logvar / 2).exp() * torch.randn_like(mean)
+        output = self.vae.reconstruct(z)
+        loss, error = self.distance(output, video)
         loss = loss + self.cfg.kl_weight * .5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        if self.cfg.scale_weight and z.requires_grad and not any(n % 2 for n in z.shape[3:]):
+            half = self.vae.reconstruct(F.avg_pool3d(z, (1, 2, 2)))
+            loss = loss + self.cfg.scale_weight * self.distance(half, F.avg_pool3d(video, (1, 2, 2)))[0]
         if self.cfg.consistency_weight:
             again = self.vae.posterior(output)[0]
             loss = loss + self.cfg.consistency_weight * (again - mean.detach()).square().mean()
-        return loss, error.detach().square().mean()
+        return loss, error.detach()
+
+    def distance(self, output, video):
+        """Patches of a reconstruction, and its video -> weighted L1 + 5 MSE, and the plain mean squared error."""
+        error = output - self.vae.to_patches(video)
+        weighted = detail_weight(video, self.vae.patch) * (error.abs() + 5 * error.square())
+        return weighted.mean(), error.square().mean()
 
 
 def detail_weight(video, patch):
@@ -809,18 +818,8 @@ class Batches(torch.utils.data.Dataset):
         rng, cfg = np.random.default_rng((self.cfg.seed, step, self.rank)), self.cfg
         kinds, sizes = zip(*((kind, len(indices)) for kind, indices in self.clips.kinds.items()))
         kind = rng.choice(kinds, p=np.divide(sizes, sum(sizes)))  # videos and images do not share a batch
-        indices, whole = self.clips.kinds[kind], (1 if kind == "images" else cfg.frames, *cfg.size)
-        part = tuple(map(min, cfg.crop, whole)) if step < cfg.crop_share * cfg.steps else whole
-
-        def draw(i):
-            starts = [rng.integers(n - m + 1) for n, m in zip(whole, part)]
-            return self.clips.video(i, tuple(slice(s, s + m) for s, m in zip(starts, part)))
-
-        if part == whole:
-            return torch.stack([draw(indices[j]) for j in rng.integers(len(indices), size=cfg.batch_size)])
-        # of two crops the one that shows more
-        return torch.stack([max(draw(indices[j]), draw(indices[j]), key=torch.std)
-                            for j in rng.integers(len(indices), size=cfg.crop_batch)])
+        indices = self.clips.kinds[kind]
+        return torch.stack([self.clips.video(indices[j]) for j in rng.integers(len(indices), size=cfg.batch_size)])
 
 
 def psnr(a, b):
@@ -872,6 +871,10 @@ def main(cfg):
              optimizer=[optimizer.state_dict() for optimizer in optimizers])
 
     for step, video in zip(progress(start, cfg.steps), loader):
+        if vae.encoder_out.weight.requires_grad and cfg.steps - step <= cfg.decoder_share * cfg.steps:
+            for part in vae.encoder_in, vae.encoder, vae.encoder_out:
+                part.requires_grad_(False)
+            model = parallel(trainer, world)
         loss, error = model(video.to(device))
         update(loss, optimizers, step, cfg, path)
         if (step + 1) % cfg.log_every == 0:

@@ -1,0 +1,330 @@
+"""Adversarial step distillation (Sec. 4.3, Table 5): 4 network evaluations without guidance instead of 80.
+
+    python distill.py                                # toy: after dit.py or prune.py, a laptop, minutes
+    python distill.py --ablation                     # Table 5's heads, each part of the method alone, three seeds
+    torchrun --nproc_per_node=8 distill.py --preset paper
+
+out/pruned.pt or out/dit.pt -> out/distilled.pt, out/distilled.png (the teacher's samples above the student's)
+"""
+import copy
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+
+import dit
+from dit import (Attention, Block, DiT, LaterStage, WordEncoder, add_noise, average, draw_batch, encode_clips,
+                 euler_times, generate, load_dit, load_vae, recipe, rms_norm, sample, save_dit, score_samples,
+                 test_captions)
+from vae import (VAE, Abort, VAEConfig, dry_run, flag, launch, make_optimizers, parallel, print0, progress, resume,
+                 setup, summary, update, write_png)
+
+
+@dataclass
+class Config(LaterStage):
+    init: str = flag("", "generator to distil; not given: out/pruned.pt, or out/dit.pt if there is none")
+    steps: int = flag(400, "training steps, the warm start's among them")
+    guidance_steps: int = flag(0, "Ours: steps of the warm start, which regresses onto the teacher's guided steps")
+    batch_size: int = flag(24, "clips per process and step")
+    lr: float = flag(2e-4, "the generator's learning rate, AdamW")
+    head_lr: float = flag(2e-3, "the discriminator's heads'")
+    muon_lr: float = flag(.002, "Muon's in the warm start, for the generator's inner matrices")
+    ema: float = flag(.95, "rate of the generator's moving average")
+    num_steps: int = flag(4, "denoising steps that the generator is distilled to: k, the size of T")
+    trunk: int = flag(3, "K: the generator's first blocks, which the discriminator inherits frozen")
+    head: str = flag("dit", "discriminator's heads: dit, resblock2d (SnapGen-V's) or resblock3d (PCM's)")
+    adversarial_weight: float = flag(1., "Ours: norm of L_adv's gradient at the generated clip, that of L_recon's is 1")
+    reconstruction_weight: float = flag(1., "weight of L_recon")
+    huber: float = flag(.04, "c of the pseudo-Huber loss")
+    ablation: bool = flag(False, "train each part of the method and each head alone, and print the table")
+    seeds: int = flag(3, "runs a row of the ablation")
+    score_clips: int = flag(48, "unseen captions of each test set whose samples are scored; 0 for none")
+    save_every: int = flag(200, "steps between checkpoints")
+    log_every: int = flag(50, "steps between printed lines")
+    resume: bool = flag(False, "continue an interrupted run from its last checkpoint")
+    dry_run: bool = flag(False, "print parameters, FLOPs and memory, and stop")
+
+
+PRESETS = {"toy": {}, "paper": dict(  # Sec. 5
+    steps=20_000, guidance_steps=0, batch_size=1, lr=1e-6, head_lr=1e-4, trunk=10, save_every=1000)}
+
+
+# ------------------------------------------------------------------------------------------------ the discriminator
+class DiTHead(nn.Module):
+    """The paper's: a learnable DiT block (full 3D self-attention, cross-attention, FFN), then an MLP with SiLU."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.block = Block(cfg)
+        self.mlp = nn.Sequential(nn.Linear(cfg.width, cfg.width), nn.SiLU(), nn.Linear(cfg.width, 1))
+
+    def forward(self, x, latent_shape, conditions):
+        """Tokens after a frozen block (B, N, D), (f, h, w), a block's conditions -> one score a token (B, N)."""
+        return self.mlp(rms_norm(self.block(x, *conditions))).squeeze(2)
+
+
+def group_norm(x):
+    """Without height and width, as torch 2.13's crashes in the backward pass where channels come last in memory."""
+    return F.group_norm(x.flatten(2), x.shape[1] // 16).view(x.shape)
+
+
+class ResBlock2DHead(nn.Module):
+    """SnapGen-V's [49]: a residual block of 2D convolutions in each latent frame, then attention along time."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(cfg.width, cfg.width, 3, padding=1) for _ in range(2))
+        self.attention = Attention(cfg.width, cfg.num_heads, cfg.head_dim)
+        self.out = nn.Linear(cfg.width, 1)
+
+    def forward(self, x, latent_shape, conditions):
+        f, h, w = latent_shape
+        x = rearrange(x, "b (f h w) d -> (b f) d h w", f=f, h=h)
+        x = x + self.conv2(F.silu(group_norm(self.conv1(F.silu(group_norm(x))))))
+        x = rearrange(x, "(b f) d h w -> (b h w) f d", f=f)
+        x = self.out(F.silu(x + self.attention(rms_norm(x))))
+        return rearrange(x, "(b h w) f 1 -> b (f h w)", h=h, w=w)
+
+
+class ResBlock3DHead(nn.Module):
+    """PCM's [45], extended to 3D convolutions as in Sec. 5.3: conv, norm, LeakyReLU; the same as a residual; 1x1x1."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv3d(cfg.width, cfg.width, 3, padding=1) for _ in range(2))
+        self.out = nn.Linear(cfg.width, 1)
+
+    def forward(self, x, latent_shape, conditions):
+        x = x.transpose(1, 2).unflatten(2, latent_shape)                                         # (B, D, f, h, w)
+        x = F.leaky_relu(group_norm(self.conv1(x)))
+        x = x + F.leaky_relu(group_norm(self.conv2(x)))
+        return self.out(x.flatten(2).transpose(1, 2)).squeeze(2)
+
+
+HEADS = {"dit": DiTHead, "resblock2d": ResBlock2DHead, "resblock3d": ResBlock3DHead}
+
+
+class Discriminator(nn.Module):
+    """The generator's embeddings and first K blocks, frozen, and learnable heads: the paper's after the K-th block,
+    its rivals' after each of them, as their sources have it. Only the trunk tells the rivals time and caption."""
+
+    def __init__(self, generator, trunk, head):
+        super().__init__()
+        if head not in HEADS:
+            raise Abort(f"--head {head}: choose from {', '.join(HEADS)}")
+        if not 0 < trunk <= generator.cfg.depth:
+            raise Abort(f"--trunk {trunk}: the generator has {generator.cfg.depth} blocks, take 1 to all of them")
+        self.generator, self.trunk = generator, trunk
+        self.heads = nn.ModuleList(HEADS[head](generator.cfg) for _ in range(1 if head == "dit" else trunk))
+
+    def forward(self, latents, t, text_emb, text_mask):
+        """latents (B, C, f, h, w) of noise level t (B,), captions -> scores (B, heads * N): -1 is real, +1 is fake."""
+        *tokens, _, conditions = self.generator.embed(latents, t, text_emb, text_mask)
+        for block in self.generator.blocks[:self.trunk]:
+            tokens.append(block(tokens[-1], *conditions))
+        pairs = zip(self.heads, tokens[-len(self.heads):])
+        return torch.cat([head(x, latents.shape[2:], conditions) for head, x in pairs], 1)
+
+
+# ------------------------------------------------------------------------------------------------ the losses
+def draw_times(count, num_steps, device=None):
+    """Times t and t' (count,), t' < t, uniformly from the pairs of T and 0. Ours: the 0, as else T_k, where the last
+    step starts, has no t'; and no logit-normal, whose m and s the paper gives, but not what it would draw."""
+    pairs = torch.combinations(torch.tensor(euler_times(num_steps), device=device))
+    return pairs[torch.randint(len(pairs), (count,), device=device)].unbind(1)
+
+
+def jump(x_t, velocity, t, t_next):
+    """One Euler step of each clip from its t (B,) to its t_next (B,)."""
+    return x_t + (t_next - t).view(-1, 1, 1, 1, 1) * velocity  # Eq. (7), fake
+
+
+def discriminator_loss(real, fake):
+    """Scores of real and fake clips -> loss. Real is driven to -1 and fake to +1, as the paper prints it."""
+    return F.relu(1 + real).mean() + F.relu(1 - fake).mean()  # Eq. (8)
+
+
+def reconstruction_loss(x0_hat, x0, c):
+    """Pseudo-Huber distance of whole clips, in expectation; its gradient at each clip is shorter than 1 / B."""
+    return ((x0_hat - x0).flatten(1).square().sum(1) + c ** 2).sqrt().mean() - c  # Eq. (9), reconstruction
+
+
+def level(gradient):
+    """Ours: L_adv's gradient at the fake clips, made as long as L_recon's, sqrt(1 / B), so that one number weighs the
+    two. The paper gives no weight, and a fixed one is too much later on, as the discriminator's slope grows."""
+    return gradient / (gradient.norm() * len(gradient) ** .5).clamp(min=1e-12)
+
+
+def guidance_loss(model, teacher, x0, text, t, t_next, guidance_scale):
+    """Ours: one unguided step of the model against two guided ones of the teacher, from t to t_next. What guidance
+    adds for the caption's sake is not in the real clips, so Eq. 7-9 do not teach it."""
+    t_b = torch.full((len(x0),), t, device=x0.device)
+    x_t = add_noise(x0, torch.randn_like(x0), t_b)
+    there = sample(teacher, x_t, *text, [t, (t + t_next) / 2, t_next], guidance_scale)
+    return (model(x_t, t_b, *text) - (there - x_t) / (t_next - t)).square().mean()
+
+
+# ------------------------------------------------------------------------------------------------ training
+def train(cfg, path, teacher, about, cache, device, rank, world):
+    """Distil the teacher. Writes checkpoints to path; returns the averaged generator and what it is and makes."""
+    torch.manual_seed(cfg.seed + rank)
+    student = SimpleNamespace(**vars(about) | dict(num_steps=cfg.num_steps, guidance_scale=1., shift=1.))
+    model, ema, times = copy.deepcopy(teacher).requires_grad_(), copy.deepcopy(teacher), euler_times(cfg.num_steps)
+    heads = (discriminator := Discriminator(teacher, cfg.trunk, cfg.head).to(device)).heads
+    warm, adversary = replace(cfg, steps=cfg.guidance_steps), replace(cfg, steps=cfg.steps - cfg.guidance_steps)
+    warm_optimizers, optimizers, head_optimizers = all_of_them = [
+        make_optimizers(*how) for how in ((model, cfg.lr, cfg.muon_lr), (model, cfg.lr, 0), (heads, cfg.head_lr, 0))]
+    start = resume(path, cfg, dict(model=model, ema=ema, heads=heads), sum(all_of_them, [])) if cfg.resume else 0
+    trained, judge, began, log = parallel(model, world), parallel(discriminator, world), time.time(), []
+    for step in progress(start, cfg.steps):
+        x0, *text = draw_batch(cache, cfg.batch_size, (cfg.seed, step, rank), device)
+        if step < cfg.guidance_steps:
+            i = step % cfg.num_steps
+            loss = guidance_loss(trained, teacher, x0, text, *times[i:i + 2], about.guidance_scale)
+            said = {"guidance": loss}
+            update(loss, warm_optimizers, step, warm, path)
+        else:
+            t, t_next = draw_times(len(x0), cfg.num_steps, device)
+            x_t, real = (add_noise(x0, torch.randn_like(x0), s) for s in (t, t_next))  # Eq. (7), real
+            velocity = trained(x_t, t, *text)
+            fake, x0_hat = jump(x_t, velocity, t, t_next), jump(x_t, velocity, t, 0 * t)
+            heads.requires_grad_(True)
+            both = judge(torch.cat([real, fake.detach()]), *(torch.cat([y, y]) for y in (t_next, *text)))
+            d_real, d_fake = both.chunk(2)
+            update(discriminator_loss(d_real, d_fake), head_optimizers, step - cfg.guidance_steps, adversary, path)
+            heads.requires_grad_(False)
+            fake.register_hook(level)
+            adversarial = discriminator(fake, t_next, *text).mean()  # Eq. (9), adversarial
+            reconstruction = reconstruction_loss(x0_hat, x0, cfg.huber)
+            loss = cfg.adversarial_weight * adversarial + cfg.reconstruction_weight * reconstruction
+            update(loss, optimizers, step - cfg.guidance_steps, adversary, path)
+            said = {"D(real)": d_real, "D(fake)": d_fake, "right": torch.cat([d_real < 0, d_fake > 0]).float(),
+                    "adversarial": adversarial, "reconstruction": reconstruction}
+        average(ema, model, cfg.ema, step)
+        log.append({name: value.mean().item() for name, value in said.items()})
+        if (step + 1) % cfg.log_every == 0:
+            means = (f"{name} {np.mean([line[name] for line in log if name in line]):.3f}" for name in said)
+            print0(f"step {step + 1}/{cfg.steps} ", *means, f" {(time.time() - began) / 60:.1f} min")
+            log.clear()
+        if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
+            save_dit(path, step + 1, cfg, student, model, ema, sum(all_of_them, []), heads=heads)
+    return ema, student
+
+
+# ------------------------------------------------------------------------------------------------ figures
+COLUMNS = "full_semantic", "full_quality", "full_total", "open_semantic", "open_quality", "open_total", "open_entropy"
+HEADER = " " * 48 + "".join(f"{column:>14}" for column in COLUMNS)
+
+
+def evaluate(table, name, models, vae, about, count, times, guidance_scale=1.):
+    """Add a row of scores on both test sets, means over the models and their spread; returns the means by column."""
+    values = []
+    for model in models:
+        scores = {s: score_samples(model, vae, about, s, count, times, guidance_scale) for s in ("full", "open")}
+        values.append([scores[column[:4]][column[5:]] for column in COLUMNS])
+    means = np.mean(values, 0).tolist()
+    cell = "{:8.3f} {:.3f}" if len(models) > 1 else "{:14.3f}"  # format leaves the spread of one out
+    table.append(f"{name:48}" + "".join(map(cell.format, means, np.std(values, 0))))
+    print0(table[-1])
+    return dict(zip(COLUMNS, means))
+
+
+def ablation(cfg, path, teacher, vae, about, *rest):
+    """Table 5, and each part of the method alone, at equal steps; into out/ablation.txt. Returns the last's figures."""
+    printed, table, few = dict(guidance_steps=0), [HEADER], euler_times(cfg.num_steps)
+    parts = {"reconstruction only": printed | dict(adversarial_weight=0.),
+             "adversarial only": printed | dict(reconstruction_weight=0.),
+             "Eq. 7-9, lightweight ResBlock 3D [45]": printed | dict(head="resblock3d"),
+             "Eq. 7-9, ResBlock-2D + temporal attention [49]": printed | dict(head="resblock2d"),
+             "guidance only": dict(guidance_steps=cfg.steps),
+             "guidance, then Eq. 7-9": dict(guidance_steps=cfg.steps // 3), "Eq. 7-9, DiT block + MLP": printed}
+    print0(HEADER)
+    for name, how in ("guided", recipe(about)), ("unguided", recipe(about)[:1]), ("few steps", [few]):
+        evaluate(table, f"teacher, {name}", [teacher], vae, about, cfg.score_clips, *how)
+    for name, changes in parts.items():
+        models = [train(replace(cfg, seed=seed, resume=False, **changes), path, teacher, about, *rest)[0]
+                  for seed in range(cfg.seeds)]
+        figures = evaluate(table, name, models, vae, about, cfg.score_clips, few)
+    for n in 1, 2, 4, 8:
+        evaluate(table, f"the same, {n} steps", models, vae, about, cfg.score_clips, euler_times(n))
+    path.with_suffix(".txt").write_text("\n".join(table) + "\n")
+    return figures
+
+
+@torch.no_grad()
+def speed(teacher, ema, vae, about, student):
+    """Network evaluations a clip; medians of the time to denoise one, in turns, and to decode it; frames a second."""
+    device = teacher.proj_in.weight.device
+    text = [y.to(device) for y in WordEncoder(about.text_dim, about.text_length)(test_captions(about, "full", 1)[0])]
+    noise = torch.randn(1, *vae.latent_shape(about.frames, *about.size), device=device)
+
+    def seconds(call, *args):
+        began = time.perf_counter()
+        call(*args).cpu()
+        return time.perf_counter() - began
+
+    calls = [(sample, m, noise, *text, *recipe(its)) for m, its in ((teacher, about), (ema, student))]
+    calls.append((vae.decode, noise))
+    slow, fast, decode = np.median([[seconds(*call) for call in calls] for _ in range(10)], 0).tolist()
+    few, many = (its.num_steps * (1 + (its.guidance_scale != 1)) for its in (student, about))
+    return dict(evaluations=few, evaluations_teacher=many, times_faster=slow / fast, denoise_ms=1e3 * fast,
+                decode_ms=1e3 * decode, fps=about.frames / (fast + decode), fps_teacher=about.frames / (slow + decode))
+
+
+def count(cfg):
+    """Parameters, FLOPs and memory of distilling what dit.py's preset describes, counted on the meta device."""
+    about = dit.Config(**dit.PRESETS[cfg.preset])
+    with torch.device("meta"):
+        model, teacher = (DiT(about, about.fps) for _ in range(2))
+        discriminator = Discriminator(teacher.requires_grad_(False), cfg.trunk, cfg.head)
+        x = torch.empty(cfg.batch_size, *VAE(VAEConfig()).latent_shape(about.frames, *about.size))
+    rest = x[:, 0, 0, 0, 0], (text := x.new_empty(len(x), about.text_length, about.text_dim)), text[..., 0]
+
+    def losses():
+        fake = model(x, *rest)
+        return sum(discriminator(y, *rest).mean() for y in (x, fake.detach(), fake))
+
+    return dry_run("DISTILL", model, losses, lambda: model(x[:1], *(y[:1] for y in rest)))
+
+
+def main(cfg):
+    """Distil the generator; returns the figures of the summary line."""
+    if cfg.dry_run:
+        return count(cfg)
+    began, out, (device, rank, world) = time.time(), Path(cfg.out), setup(cfg.seed)
+    init = cfg.init or out / ("pruned.pt" if (out / "pruned.pt").exists() else "dit.pt")
+    teacher, about = load_dit(init, device=device, data=cfg.data)
+    vae = load_vae(about.out, device, about.vae)
+    print0(f"distill: {init}, {sum(p.numel() for p in teacher.parameters()):,} parameters, {about.num_steps} steps of "
+           f"guidance {about.guidance_scale:g} -> {cfg.num_steps} without; {world} x {device.type}")
+    encode_text = WordEncoder(about.text_dim, about.text_length)
+    cache = encode_clips(about, vae, encode_text, rank, world, device)
+    if cfg.ablation and about.data != "synthetic":
+        raise Abort("--ablation reads the synthetic clips' attributes; this generator was trained on a folder")
+    if cfg.ablation:
+        figures = ablation(cfg, out / "ablation.pt", teacher, vae, about, cache, device, rank, world)
+        return summary("DISTILL", figures, began)
+    ema, student = train(cfg, path := out / "distilled.pt", teacher, about, cache, device, rank, world)
+    figures = speed(teacher, ema, vae, about, student)
+    if cfg.score_clips and about.data == "synthetic" and rank == 0:
+        print0(HEADER)
+        for name, model, its in (("", ema, student), ("_undistilled", teacher, student), ("_teacher", teacher, about)):
+            scores = evaluate([], name[1:] or "distilled", [model], vae, about, cfg.score_clips, *recipe(its))
+            figures |= {k + name: v for k, v in scores.items()}
+    if rank == 0:
+        captions = [caption for split in ("full", "open") for caption in test_captions(about, split, 3)[0]]
+        inputs = encode_text(captions), vae.latent_shape(about.frames, *about.size)
+        film = [generate(m, vae, *inputs, *recipe(its)) for m, its in ((teacher, about), (ema, student))]
+        write_png(path.with_suffix(".png"), rearrange(film, "r b c f h w -> c f (r h) (b w)"), about.fps)
+        print0(f"{path.with_suffix('.png')} shows, the teacher's samples above:", *captions, sep="\n  ")
+    return summary("DISTILL", figures, began, "python export_ios.py, or python sample.py")
+
+
+if __name__ == "__main__":
+    launch(main, Config, PRESETS)

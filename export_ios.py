@@ -1,0 +1,349 @@
+"""Core ML packages of the denoiser and the VAE decoder (Sec. 5), executed and compared before they are kept.
+
+    python export_ios.py                             # the latest generator in out/, half precision
+    python export_ios.py --bits 8                    # compressed weights, 8 or 4 bits; 32: single precision
+    python export_ios.py --preset paper [--dry_run]  # 49 x 384 x 512; the 0.9B model untrained if out/ has none
+
+out/distilled.pt (or pruned.pt, dit.pt) and the vae.pt beside it -> out/denoiser.mlpackage, out/decoder.mlpackage
+"""
+import asyncio
+import io
+import logging
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import dit
+import vae as vae_stage
+from dit import LaterStage, WordEncoder, add_noise, build, find_generator, load_dit, load_vae, recipe, sample
+from vae import VAE, Abort, flag, launch, open_clips, print0, setup, summary
+
+logging.getLogger("coremltools").setLevel(logging.ERROR)  # away from a Mac it warns at length that it cannot predict
+
+
+@dataclass
+class Config(LaterStage):
+    checkpoint: str = flag("", "a generator; its folder has vae.pt too. Without it, the latest stage found in --out")
+    frames: int = flag(0, "frames of a video; 0: as in training")
+    size: tuple = flag((), "its height and width; as in training if not given")
+    bits: int = flag(16, "of a weight: 16, 32 (all in single precision), or 8 or 4 in linears and convolutions")
+    team: str = flag("", "on a Mac: the Apple development team that signs what measures on a connected iPhone")
+    dry_run: bool = flag(False, "print parameters, FLOPs, memory and estimated latency, and stop")
+
+
+PRESETS = {"toy": {}, "paper": dict(frames=49, size=(384, 512))}  # Sec. 5
+BOUNDS = {32: (1e-5, 1e-5), 16: (3e-3, 5e-3), 8: (3e-2, 6e-2), 4: (.3, .6)}  # relative errors of a step, of a run
+# Ours: a roofline for the iPhone 16 Pro Max: the rate at which the 2B model's 4.94 TFLOPs of a step at 49 x 384 x 512
+# take the paper's 880 ms (Table 3), and the 60 GB/s of its memory.
+FLOPS, BANDWIDTH = 4.94e12 / .88, 60e9
+
+
+# ------------------------------------------------------------------------------------------------ what is packaged
+class Package(torch.nn.Module):
+    """A function of a model and of tensors."""
+
+    def __init__(self, function, model):
+        super().__init__()
+        self.function, self.model = function, model
+
+    def forward(self, *inputs):
+        return self.function(self.model, *inputs)
+
+
+def denoise(tables, model, latents, t, t_next, text_emb, text_mask):
+    """One step of dit.sample: latents (1, C, f, h, w) at time t (1,) -> those at t_next (1,). tables: dit.rope_tables.
+
+    The tables come from outside as coremltools, left to compute them, errs by 1e-5.
+    """
+    if model.cfg.num_heads * model.cfg.head_dim < model.cfg.width:
+        # A pruned model's blocks gather slices of their own, which the converter would store for each: 69 MB at paper
+        # size. It cannot where the tables seem to depend on an input.
+        tables = [table + 0 * t for table in tables]
+    with patch.object(dit, "rope_tables", lambda *_: tables):
+        return latents + (t_next - t) * model(latents, t, text_emb, text_mask)
+
+
+def decode(vae, latents):
+    """Latents (1, C, f, h, w) -> RGB frames (F, 3, H, W) in [0, 1]."""
+    repeat = lambda x, _, g: x.transpose(0, 1).expand(-1, g, -1, -1, -1).flatten(0, 1).unsqueeze(0)
+    with patch.object(vae_stage, "repeat", repeat):  # einops' goes through rank 6, and Core ML ends at 5
+        return ((vae.decode(latents).squeeze(0).transpose(0, 1) + 1) / 2).clamp(0, 1)
+
+
+def packages(model, vae, shape, about):
+    """Each package's name -> module, inputs (name -> (example, description)), output's name and description."""
+    zeros = model.table.new_zeros
+    tables = dit.rope_tables(shape[1:], model.cfg.width, model.fps, model.compression, model.table.device)
+    latents = zeros(1, *shape), "normalised latents (1, C, f, h, w); to start with, noise of N(0, 1)"
+    inputs = dict(latents=latents, t=(zeros(1), "their time, from the list `times`: 1 is noise, 0 is video"),
+                  t_next=(zeros(1), "the next time of the list"), text_emb=(zeros(
+                      1, about.text_length, about.text_dim), "text embeddings (1, L, E), then zeros"),
+                  text_mask=(zeros(1, about.text_length), "(1, L): 1 where there is text, then zeros"))
+    return {"denoiser": (Package(partial(denoise, tables), model), inputs, "next_latents", "the latents at t_next"),
+            "decoder": (Package(decode, vae), dict(latents=latents), "frames", "RGB (F, 3, H, W) in [0, 1]")}
+
+
+def in_fp32(op):
+    """Where fp16 would overflow (norms square values above 256) or lose digits (sinusoids of 1000 t, Euler's sum).
+
+    Ours: norms that divide by the largest value can stay in fp16, but err a quarter more over four steps of the toy.
+    """
+    made_by = [getattr(getattr(value, "op", None), "op_type", "") for value in op.inputs.values()]
+    users = [user for result in op.outputs for user in result.child_ops]
+    return op.op_type in ("reduce_mean", "rsqrt", "sin", "cos") or "rsqrt" in made_by or (
+        op.op_type in ("mul", "add", "sub", "expand_dims") and all(map(in_fp32, users)))
+
+
+def convert(path, module, inputs, output, description, bits, metadata):
+    """Write a module as a Core ML package for iOS 18 with static shapes, fp16 but for in_fp32, unless bits is 32."""
+    import coremltools as ct  # takes seconds
+    examples, movedim = tuple(x for x, _ in inputs.values()), torch.ops.aten.movedim.int
+    half = ct.transform.FP16ComputePrecision(lambda op: not in_fp32(op))
+    with patch.object(sys, "stderr", io.StringIO()):  # progress bars and tracer's warnings
+        # Exporting makes shapes plain numbers; those that are only traced fail to convert on numpy 2.4. Tracing keeps
+        # GELU's tanh, which the converter silently drops from exported programs. And movedim it does not know.
+        exported = torch.export.export(module, examples).run_decompositions({movedim: movedim.decompose})
+        package = ct.convert(
+            torch.jit.trace(exported.module(), examples, check_trace=False), convert_to="mlprogram",
+            inputs=[ct.TensorType(name, x.shape, np.float32) for name, (x, _) in inputs.items()],
+            outputs=[ct.TensorType(output, dtype=np.float16 if output == "frames" and bits < 32 else np.float32)],
+            compute_precision=half if bits < 32 else ct.precision.FLOAT32,
+            minimum_deployment_target=ct.target.iOS18, skip_model_load=True)
+        if bits < 16:
+            kind = ct.optimize.coreml.OpLinearQuantizerConfig(mode="linear_symmetric", dtype=f"int{bits}",
+                                                              granularity="per_block" if bits == 4 else "per_channel")
+            package = ct.optimize.coreml.linear_quantize_weights(package, ct.optimize.coreml.OptimizationConfig(
+                op_type_configs={"linear": kind, "conv": kind}))  # and not the tables
+    package.output_description[output] = description
+    for name, (_, text) in inputs.items():
+        package.input_description[name] = text
+    package.user_defined_metadata.update({key: str(value) for key, value in metadata.items()})
+    package.save(str(path))
+
+
+# ------------------------------------------------------------------------------------------------ execution
+# The operations that our packages use, with Core ML's names of arguments. Tensors are fp32, all else plain numbers.
+OPS = {
+    "add": lambda x, y: x + y, "sub": lambda x, y: x - y, "mul": lambda x, y: x * y, "cast": lambda x, dtype: x,
+    "sin": lambda x: x.sin(), "cos": lambda x: x.cos(), "rsqrt": lambda x, epsilon: (x + epsilon).rsqrt(),
+    "silu": lambda x: F.silu(x), "clip": lambda x, alpha, beta: x.clamp(alpha, beta),
+    "gelu": lambda x, mode: F.gelu(x, approximate={"EXACT": "none", "TANH_APPROXIMATION": "tanh"}[mode]),
+    "reduce_mean": lambda x, axes, keep_dims: x.mean(axes, keep_dims),
+    "layer_norm": lambda x, axes, epsilon, gamma=None, beta=None: F.layer_norm(
+        x, [x.shape[axis] for axis in axes], gamma, beta, epsilon.item()),
+    "linear": lambda x, weight, bias: F.linear(x, weight, bias),
+    "conv": lambda x, weight, bias, strides, pad_type, pad, dilations, groups: F.conv3d(
+        x, weight, bias, strides, pad[::2] if pad_type == "custom" else 0, dilations, groups),
+    "scaled_dot_product_attention": lambda **named: F.scaled_dot_product_attention(**named),
+    "reshape": lambda x, shape: x.reshape(shape), "transpose": lambda x, perm: x.permute(perm),
+    "expand_dims": lambda x, axes: x.unsqueeze(*axes), "squeeze": lambda x, axes: x.squeeze(axes),
+    "tile": lambda x, reps: x.repeat(reps), "split": lambda x, split_sizes, axis: x.split(split_sizes, axis),
+    "stack": lambda values, axis: torch.stack(values, axis),
+    "concat": lambda values, axis, interleave: torch.cat(values, axis),
+    "slice_by_index": lambda x, begin, end, begin_mask=[False] * 5, end_mask=[False] * 5: x[tuple(
+        slice(None if first else b, None if last else e)
+        for b, e, first, last in zip(begin, end, begin_mask, end_mask))],
+    "gather": lambda x, indices, axis, batch_dims, validate_indices: x.index_select(axis, torch.tensor(indices)),
+    "constexpr_blockwise_shift_scale": lambda data, scale: data.float() * scale.repeat_interleave(
+        data.shape[1] // scale.shape[1], 1)}
+TYPES = {"FLOAT16": torch.float16, "FLOAT32": torch.float32, "INT32": torch.int32, "INT16": torch.int16,
+         "UINT16": torch.uint16, "INT8": torch.int8, "INT4": torch.int8, "BOOL": torch.bool}
+
+
+class Program:
+    """A saved package, read by this class alone and executed; results are rounded to the types that it declares."""
+
+    def __init__(self, path):
+        from coremltools.proto import MIL_pb2, Model_pb2
+        self.path, self.folder = Path(path), Path(path) / "Data" / "com.apple.CoreML"
+        self.model = Model_pb2.Model.FromString((self.folder / "model.mlmodel").read_bytes())
+        function, self.constants, self.ops = self.model.mlProgram.functions["main"], {}, []
+        block = function.block_specializations[function.opset]
+        declared = lambda v: (MIL_pb2.DataType.Name(v.type.tensorType.dataType),
+                              [size.constant.size for size in v.type.tensorType.dimensions])
+        self.inputs, (self.output,) = [(v.name, *declared(v)) for v in function.inputs], block.outputs
+        for op in block.operations:
+            (result, *_), names = op.outputs, {}
+            if op.type == "const":
+                self.constants[result.name] = self.constant(op.attributes["val"], *declared(result))
+                continue
+            for key, argument in op.inputs.items():
+                names[key] = [a.name or f"{result.name}.{key}" for a in argument.arguments]
+                self.constants |= {name: self.constant(a.value, *declared(a.value))
+                                   for name, a in zip(names[key], argument.arguments) if not a.name}
+            self.ops.append((op.type, names, [(v.name, *declared(v)) for v in op.outputs]))
+
+    def constant(self, value, kind, shape):
+        """A tensor, if of floats or of weights of 4 or 8 bits; else a plain number or string, or a list of them."""
+        if value.HasField("blobFileValue"):  # its header says how many bytes there are, and where
+            offset, weights = value.blobFileValue.offset, np.memmap(self.folder / "weights" / "weight.bin", mode="c")
+            size, start = weights[offset + 8:offset + 24].view(np.uint64).tolist()
+            numbers = torch.from_numpy(weights[start:start + size])
+        else:
+            held = value.immediateValue.tensor
+            numbers = getattr(held, held.WhichOneof("value")).values
+            if kind == "STRING":
+                return numbers[0]
+            numbers = torch.tensor(list(numbers), dtype=torch.uint8 if isinstance(numbers, bytes) else TYPES[kind])
+        if kind == "INT4":  # two in a byte, the lower half first
+            numbers = torch.stack([numbers << 4, numbers & 0xF0], 1).flatten().view(torch.int8) >> 4
+        numbers = numbers.view(TYPES[kind]).reshape(shape)
+        return numbers if kind in ("FLOAT16", "FLOAT32", "INT8", "INT4") else numbers.tolist()
+
+    def __call__(self, *inputs):
+        """Inputs in the package's order -> its output, all tensors."""
+        last = {name: i for i, (_, args, _) in enumerate(self.ops) for names in args.values() for name in names}
+        values = self.constants | {name: x.to(TYPES[kind]) for (name, kind, _), x in zip(self.inputs, inputs)}
+        wide = lambda v: v.float() if isinstance(v, torch.Tensor) and v.dtype == torch.float16 else v
+        for i, (kind, args, outputs) in enumerate(self.ops):
+            given = {key: [wide(values[name]) for name in names] for key, names in args.items()}
+            results = OPS[kind](**{key: v if key == "values" else v[0] for key, v in given.items()})
+            for (name, declared, shape), result in zip(outputs, results if len(outputs) > 1 else [results]):
+                if list(result.shape) != shape:
+                    raise Abort(f"{self.path.name}: {kind} gives {list(result.shape)}, but {shape} is declared")
+                values[name] = result.to(TYPES[declared])
+            for name in {name for names in args.values() for name in names if last[name] == i}:
+                del values[name]  # nothing needs it any more
+        return values[self.output].float()
+
+
+def core_ml(program):
+    """Core ML's own execution of a package, called like the Program; on a Mac."""
+    import coremltools as ct
+    model, names = ct.models.MLModel(str(program.path)), [name for name, *_ in program.inputs]
+    return lambda *inputs: torch.from_numpy(np.float32(
+        model.predict({name: x.numpy() for name, x in zip(names, inputs)})[program.output]))
+
+
+# ------------------------------------------------------------------------------------------------ check and report
+@torch.no_grad()
+def check(denoiser, decoder, model, vae, shape, about, times, bits, whole):
+    """Compare packages with PyTorch on a clip's noised latents and over a whole run, unguided; returns the errors."""
+    unknown = {kind for program in (denoiser, decoder) for kind, *_ in program.ops} - set(OPS)
+    if sys.platform == "darwin":
+        denoiser, decoder, whole = core_ml(denoiser), core_ml(decoder), True
+    elif unknown:
+        print0(f"check SKIPPED: OPS lacks {', '.join(unknown)}")
+        return {}
+    clips, at, errors = open_clips(about, "full"), lambda t: torch.tensor([t]), {}
+    text = WordEncoder(about.text_dim, about.text_length)([clips.caption(0)])
+    x0, noise = vae.encode(clips.video(0)[None]), torch.randn(1, *shape)
+    rgb = lambda latents: ((vae.decode(latents)[0].transpose(0, 1) + 1) / 2).clamp(0, 1)
+
+    def compare(kind, what, ours, true):
+        error, bound = ((ours - true).norm() / true.norm()).item(), BOUNDS[bits][kind == "run_error"]
+        print0(f"{what:48} relative error {error:.1e}")
+        if not error <= bound:  # nor is NaN
+            raise Abort(f"{what}: relative error {error:.1e} is above {bound:g}, no package is kept"
+                        f"{'; try --bits 32' * (bits < 32)}")
+        errors[kind] = max(error, errors.get(kind, 0))
+
+    x = noise
+    for t, t_next in zip(times, times[1:]):
+        noised = add_noise(x0, noise, at(t))
+        for name, (emb, mask) in {"a caption": text, "no caption": [0 * part for part in text]}.items():
+            compare("step_error", f"next_latents, t {t:.3f} -> {t_next:.3f}, {name}",
+                    denoiser(noised, at(t), at(t_next), emb, mask), sample(model, noised, emb, mask, [t, t_next]))
+            if not whole:
+                print0("SKIPPED: other steps and the decoder, which take many minutes away from a Mac")
+                return errors
+        x = denoiser(x, at(t), at(t_next), *text)
+    true = sample(model, noise, *text, times)
+    compare("frames_error", "frames", decoder(x0), rgb(x0))
+    compare("run_error", f"next_latents after {len(times) - 1} steps", x, true)
+    x, true = decoder(x), rgb(true)
+    compare("run_error", "frames of these", x, true)
+    return errors | {"run_psnr": -10 * F.mse_loss(x, true).log10().item()}
+
+
+def report(vae, shape, about, bits):
+    """Print what each package holds and does, counted on the meta device, and its estimated latency; the figures."""
+    with torch.device("meta"):
+        parts, figures = packages(build(about), VAE(vae.cfg), shape, about), {}
+    for name, (module, inputs, *_) in parts.items():
+        examples = tuple(x for x, _ in inputs.values())
+        with FlopCounterMode(display=False) as counter:
+            module(*examples)
+        results = [node.meta["val"] for node in torch.export.export(module, examples).graph.nodes
+                   if not getattr(node.target, "is_view", True) and isinstance(node.meta["val"], torch.Tensor)]
+        count = sum(p.numel() for part, p in module.named_parameters() if ".encoder" not in part)
+        written = sum(result.numel() for result in results) * max(bits, 16) / 8
+        flops, size = counter.get_total_flops(), count * bits / 8
+        ms = 1e3 * max(flops / FLOPS, (size + 2 * written) / BANDWIDTH)
+        print0(f"{name}: {count:,} parameters, {size / 1e6:.4g} MB; a call: {flops / 1e9:.4g} GFLOPs, writes "
+               f"{written / 1e6:.4g} MB of activations, takes an iPhone 16 Pro Max {ms:.3g} ms (an estimate)")
+        figures |= {f"{name}_parameters": count, f"{name}_gflops": flops / 1e9, f"{name}_ms_estimate": ms}
+    return figures
+
+
+async def measure(path, team):
+    """Print the median of 50 latencies on this Mac and on connected iPhones. Untested: no Mac was at hand."""
+    import coremltools as ct
+    from coremltools.models.ml_program.experimental.perf_utils import MLModelBenchmarker
+    from coremltools.models.ml_program.experimental.remote_device import AppSigningCredentials, Device, DeviceType
+    for phone in [None] + (Device.get_connected_devices(DeviceType.IPHONE) if team else []):
+        device = phone and await phone.prepare_for_model_debugging(AppSigningCredentials(development_team=team))
+        benchmark = MLModelBenchmarker(ct.models.MLModel(str(path)), device)
+        took = (await benchmark.benchmark_predict(iterations=50, warmup=True)).statistics.median
+        uses = [op.compute_device_usage for op in await benchmark.benchmark_operation_execution()]
+        units = Counter(type(use.preferred_compute_device).__name__ for use in uses if use)
+        print0(f"{path.name}, {phone.name if phone else 'this Mac'}: {took:.1f} ms, operations on {dict(units)}")
+
+
+def main(cfg):
+    """Convert, check and keep both packages; returns the figures of the summary line."""
+    began, _, out, path = time.time(), setup(cfg.seed), Path(cfg.out), find_generator(cfg.out, cfg.checkpoint)
+    if cfg.bits not in BOUNDS:
+        raise Abort(f"--bits {cfg.bits}: choose from {', '.join(map(str, BOUNDS))}")
+    if cfg.preset == "paper" and not path.exists():
+        path, about = "random weights", dit.Config(**dit.PRESETS["paper"] | dict(
+            depth=20, num_heads=20, ffn_dim=6144, num_steps=4, guidance_scale=1., shift=1.))
+        with torch.device("meta" if cfg.dry_run else "cpu"):
+            vae = VAE(vae_stage.Config(**vae_stage.PRESETS["paper"])).requires_grad_(False)
+            about.compression = vae.compression
+            model = build(about).requires_grad_(False)
+        for block in model.blocks:
+            block.self_attn.head_ids = torch.randperm(32)[:20].sort().values
+    else:
+        model, about = load_dit(path, data=cfg.data)
+        vae = load_vae(path.parent, name=about.vae)
+    about.frames, about.size = cfg.frames or about.frames, cfg.size or about.size
+    shape, times = vae.latent_shape(about.frames, *about.size), recipe(about)[0]
+    print0(f"export_ios: {path}, {cfg.bits} bits, video {about.frames, *about.size}, latents {shape}, {len(times) - 1} "
+           f"steps, guidance {about.guidance_scale:g}{' (for the app to do)' * (about.guidance_scale != 1)}")
+    counted, figures, programs = report(vae, shape, about, cfg.bits), {}, []
+    if cfg.dry_run:
+        return summary("EXPORT_IOS", counted)
+    metadata = {key: getattr(about, key) for key in ("guidance_scale", "text_length", "text_dim", "frames", "fps")}
+    metadata |= dict(times=times, latent_shape=list(shape), size=list(about.size), bits=cfg.bits, checkpoint=path,
+                     text_encoder="dit.WordEncoder")
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out) as folder:  # on the packages' disk, so that to move is to rename
+        for name, parts in packages(model, vae, shape, about).items():
+            convert(Path(folder) / f"{name}.mlpackage", *parts, cfg.bits, metadata)
+            programs.append(program := Program(Path(folder) / f"{name}.mlpackage"))
+            figures[f"{name}_mb"] = sum(f.stat().st_size for f in program.path.rglob("*") if f.is_file()) / 1e6
+            kinds = Counter(kind + " in fp32" * (y[0][1] == "FLOAT32") for kind, _, y in program.ops).most_common()
+            print0(f"{name}: {figures[f'{name}_mb']:.4g} MB,", ", ".join(f"{n} {kind}" for kind, n in kinds))
+        figures |= check(*programs, model, vae, shape, about, times, cfg.bits, counted["denoiser_gflops"] < 1e3)
+        for program in programs:
+            if (kept := out / program.path.name).exists():
+                kept.replace(Path(folder) / f"old.{kept.name}")
+            program.path.replace(kept)
+    for program in programs if sys.platform == "darwin" else ():
+        asyncio.run(measure(out / program.path.name, cfg.team))
+    return summary("EXPORT_IOS", figures, began, f"add {out}/*.mlpackage to an Xcode project")
+
+
+if __name__ == "__main__":
+    launch(main, Config, PRESETS)
