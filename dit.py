@@ -327,17 +327,17 @@ class GeneratorConfig(DiTConfig, DataConfig):
     text_length: int = flag(12, "words of a caption, the rest is cut off")
     num_steps: int = flag(40, "denoising steps of a sample")
     guidance_scale: float = flag(3., "classifier-free guidance of the 40-step recipe")
-    shift: float = flag(2., "above 1, more of the sampling steps go near noise")
+    shift: float = flag(6., "Ours: above 1, more of the sampling steps go near noise [6]")
+    timestep_mean: float = flag(2., "Ours: t is, in training, the sigmoid of a normal variable [6] of this mean")
+    timestep_std: float = flag(1.2, "and of this standard deviation")
 
 
 @dataclass
 class Config(GeneratorConfig):
-    steps: int = flag(1500, "training steps")
+    steps: int = flag(1900, "training steps")
     batch_size: int = flag(24, "clips per process and step")
     lr: float = flag(3e-3, "AdamW's learning rate")
     muon_lr: float = flag(.02, "Muon's, for the blocks' matrices; 0: AdamW trains them too")
-    timestep_mean: float = flag(.5, "Ours: t is the sigmoid of a normal variable [6] of this mean")
-    timestep_std: float = flag(1., "and this standard deviation")
     caption_dropout: float = flag(.1, "share of clips that train without caption, for guidance")
     ema: float = flag(.98, "rate of the weights' moving average, which is what later stages use")
     score_clips: int = flag(48, "unseen captions whose samples are scored at the end; 0 for none")
@@ -350,7 +350,7 @@ class Config(GeneratorConfig):
 PRESETS = {"toy": {}, "paper": dict(  # Sec. 5: the server model, 2.0B
     frames=121, size=(576, 1024), fps=24., depth=28, width=2048, num_heads=32, ffn_dim=8192, text_dim=1024,
     absolute=False, num_clips=10 ** 9, text_length=128, steps=200_000, batch_size=8, lr=5e-5, muon_lr=0.,
-    timestep_mean=0., ema=.9999, shift=8., save_every=1000)}
+    timestep_mean=0., timestep_std=1., ema=.9999, shift=8., save_every=1000)}
 
 
 def save_dit(path, step, cfg, about, model, ema, optimizers, **others):

@@ -13,6 +13,7 @@ import math
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -131,10 +132,10 @@ def cut(model, about, masks):
     return student, small
 
 
-def batch(cfg, cache, key, device):
-    """x0, noise, t, text_emb and text_mask of a training step."""
+def batch(cfg, about, cache, device, key):
+    """x0, noise, t, text_emb and text_mask of a training step, as the generator was trained on them."""
     x0, *text = draw_batch(cache, cfg.batch_size, key, device)
-    t = logit_normal(cfg.batch_size, cfg.timestep_mean, 1., device)
+    t = logit_normal(cfg.batch_size, about.timestep_mean, about.timestep_std, device)
     return x0, torch.randn_like(x0), t, *drop_captions(*text, .1)  # 10% without caption, for guidance
 
 
@@ -159,7 +160,7 @@ class Search(nn.Module):
             return flow_matching_loss(self.model, x0, *inputs)
 
 
-def search(cfg, teacher, candidates, cache, run):
+def search(cfg, teacher, candidates, draw, run):
     """Learn which units to keep; returns the masks (B = 1) of the logits' moving average."""
     (device, rank, world), module, losses = run, Search(teacher, candidates).to(run[0]), []
     average_logits, cfg = copy.deepcopy(module.logits).requires_grad_(False), replace(cfg, steps=cfg.search_steps)
@@ -168,7 +169,7 @@ def search(cfg, teacher, candidates, cache, run):
     trained = parallel(module, world)
     for step in progress(0, cfg.steps):
         temperature = np.interp(step, (0, cfg.steps - 1), TEMPERATURES).item()
-        loss = trained(temperature, *batch(cfg, cache, (cfg.seed, step, rank, 1), device))
+        loss = trained(temperature, *draw((cfg.seed, step, rank, 1)))
         update(loss, optimizers, step, cfg, cfg.out)
         average(average_logits, module.logits, .9, step)
         losses.append(loss.item())
@@ -201,7 +202,7 @@ class Student(nn.Module):
         return loss, sum(sims) / max(count, 1)  # Eq. (5)
 
 
-def finetune(cfg, model, teacher, cache, run, path, about=None):
+def finetune(cfg, model, teacher, draw, run, path, about=None):
     """Train a DiT, with KD if cfg.alpha. Returns its moving average. Checkpoints to path if told what it is: about."""
     (device, rank, world), began, losses = run, time.time(), []
     student = Student(model, teacher.cfg.depth // cfg.groups[0] * (cfg.alpha > 0), teacher.cfg.width).to(device)
@@ -213,7 +214,7 @@ def finetune(cfg, model, teacher, cache, run, path, about=None):
         save_dit(path, 0, cfg, about, student, ema, optimizers)  # --resume need not search again
     trained = parallel(student, world)
     for step in progress(start, cfg.steps):
-        flow, distill = trained(teacher, *batch(cfg, cache, (cfg.seed, step, rank), device))
+        flow, distill = trained(teacher, *draw((cfg.seed, step, rank)))
         update(flow + cfg.alpha * distill, optimizers, step, cfg, path)  # Eq. (6)
         average(ema, model, cfg.ema, step)
         losses.append((flow.item(), torch.as_tensor(distill).item()))
@@ -227,11 +228,11 @@ def finetune(cfg, model, teacher, cache, run, path, about=None):
 
 # ------------------------------------------------------------------------------------------------ Fig. 3 and Table 4
 @torch.no_grad()
-def measure(cfg, model, vae, about, cache, device):
+def measure(cfg, model, vae, about, draw):
     """Parameters, flow-matching loss (eight batches, the same ones at every call) and scores for unseen captions."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        losses = [flow_matching_loss(model, *batch(cfg, cache, (i, 2), device)).item() for i in range(8)]
+        losses = [flow_matching_loss(model, *draw((i, 2))).item() for i in range(8)]
     figures = dict(parameters=count_parameters(about), loss=np.mean(losses).item())
     if cfg.score_clips and about.data == "synthetic":
         scores = score_samples(model, vae, about, "full", cfg.score_clips, *recipe(about))
@@ -263,22 +264,22 @@ def step_costs(models, about, latent_shape):
     return costs
 
 
-def sensitivity(cfg, teacher, vae, about, cache, run):
+def sensitivity(cfg, teacher, vae, about, draw, run):
     """Fig. 3: prune each level alone, progressively. Ours: no fine-tuning; what goes is searched at every strength."""
     rows, settings = [], [("none", cfg.groups)]
     for i, m in enumerate(cfg.groups):
         settings += [(SIZES[i], (*cfg.groups[:i], n, *cfg.groups[i + 1:])) for n in range(m - 1, 0, -1)]
     for level, kept in settings:
         own = replace(cfg, search_steps=cfg.search_steps * (level != "none"))
-        model, small = cut(teacher, about, search(own, teacher, Candidates(about, cfg.groups, kept), cache, run))
+        model, small = cut(teacher, about, search(own, teacher, Candidates(about, cfg.groups, kept), draw, run))
         (whole, cost), size = step_costs([teacher, model], about, PHONE), getattr(small, level, 0)
-        row = cost | dict(speedup=whole["step_ms"] / cost["step_ms"]) | measure(cfg, model, vae, small, cache, run[0])
+        row = cost | dict(speedup=whole["step_ms"] / cost["step_ms"]) | measure(cfg, model, vae, small, draw)
         rows.append(dict(level=level, kept=size, **summary(f"{level} {size or ''}", row)))
     Path(cfg.out, "sensitivity.json").write_text(json.dumps(rows, indent=1))
     return {f"{row['level']}_{row['kept']}_loss": row["loss"] for row in rows}
 
 
-def ablation(cfg, teacher, vae, about, kept, cache, run, trained):
+def ablation(cfg, teacher, vae, about, kept, draw, run, trained):
     """Table 4 at equal total steps, and the same cut with random units and with those of most weight."""
     candidates, size = Candidates(about, cfg.groups, kept), count_parameters(shrink(about, cfg.groups, kept))
     weight = {level: torch.stack([sum(getattr(getattr(block, level), name).weight.square().sum(1) for name in names)
@@ -301,13 +302,13 @@ def ablation(cfg, teacher, vae, about, kept, cache, run, trained):
             model, small = build(scratch[method]).to(run[0]), scratch[method]
         else:
             if method == "tri-level":
-                learned = search(own, teacher, candidates, cache, run)
+                learned = search(own, teacher, candidates, draw, run)
             masks = {"random": candidates.read_out({k: torch.rand(shape) for k, shape in candidates.shapes.items()}),
                      "magnitude": candidates.read_out(weight)}.get(method, learned)
             model, small = cut(teacher, about, masks)
-        ema = finetune(own, model, teacher, cache, run, cfg.out)
+        ema = finetune(own, model, teacher, draw, run, cfg.out)
         row = dict(steps=own.steps, cpu_minutes=(time.process_time() - began) / 60)
-        row |= measure(cfg, ema, vae, small, cache, run[0])
+        row |= measure(cfg, ema, vae, small, draw)
         rows.append(dict(method=method, seed=seed, **summary(f"{method}, seed {seed}:", row)))
     Path(cfg.out, "ablation.json").write_text(json.dumps(rows, indent=1))
     for method, k in itertools.product(methods, list(row)[3:]):
@@ -330,7 +331,6 @@ class Config(LaterStage):
     lr: float = flag(2e-3, "AdamW's learning rate")
     muon_lr: float = flag(.02, "Muon's, for the blocks' matrices; 0: AdamW trains them too")
     alpha: float = flag(.01, "weight of KD (Sec. 4.2.2); 0: without")
-    timestep_mean: float = flag(.5, "Ours: t is the sigmoid of a normal variable [6] of this mean, deviation 1")
     ema: float = flag(.98, "rate of the weights' moving average, which is what later stages use")
     score_clips: int = flag(48, "unseen captions whose samples are scored; 0 for none")
     save_every: int = flag(250, "steps between checkpoints")
@@ -344,7 +344,7 @@ class Config(LaterStage):
 
 PRESETS = {"toy": {}, "paper": dict(  # Sec. 4.2.1. Ours: the numbers of steps, which the paper gives in sum (200K)
     budget=1e9, groups=(7, 8, 4), search_steps=2000, search_lr=.01, steps=50_000, batch_size=8, lr=5e-5, muon_lr=0.,
-    timestep_mean=0., ema=.9999, save_every=1000)}
+    ema=.9999, save_every=1000)}
 
 
 def main(cfg):
@@ -369,24 +369,25 @@ def main(cfg):
                        lambda: student.model(*step_inputs(about, shape, 1, "meta")))
     vae = load_vae(about.out, device, about.vae)
     cache = encode_clips(about, vae, WordEncoder(about.text_dim, about.text_length), rank, world, device)
+    draw = partial(batch, cfg, about, cache, device)
     if cfg.sensitivity:
-        return summary("PRUNE", sensitivity(cfg, teacher, vae, about, cache, run), began)
+        return summary("PRUNE", sensitivity(cfg, teacher, vae, about, draw, run), began)
     if cfg.ablation:
-        return summary("PRUNE", ablation(cfg, teacher, vae, about, kept, cache, run, load(init)["config"]), began)
+        return summary("PRUNE", ablation(cfg, teacher, vae, about, kept, draw, run, load(init)["config"]), began)
     if cfg.resume:
         saved = load(path, finished=False)["generator"]
         if any(saved[k] != v for k, v in vars(small).items() if k not in ("out", "kept")):
             raise Abort(f"{path} was not pruned from {init} as that is now: start again without --resume")
         small.kept, model = saved["kept"], build(small).to(device)
     else:
-        masks = search(cfg, teacher, candidates, cache, run)
+        masks = search(cfg, teacher, candidates, draw, run)
         for i, block in enumerate(masks["blocks"][0]):  # as a picture: # is kept, . is cut
             rows = [f"{level} {''.join('.#'[int(m)] for m in masks[level][0, i, :48])}" for level in LINEARS if block]
             print0(f"  block {i:2}  {'  '.join(rows) or 'cut'}")
         model, small = cut(teacher, about, masks)
-    ema = finetune(cfg, model, teacher, cache, run, path, small)
+    ema = finetune(cfg, model, teacher, draw, run, path, small)
     figures = {k + name: v for name, model, what in (("", ema, small), ("_teacher", teacher, about))
-               for k, v in measure(cfg, model, vae, what, cache, device).items()}
+               for k, v in measure(cfg, model, vae, what, draw).items()}
     for shape in vae.latent_shape(about.frames, *about.size)[1:], PHONE:
         (whole, part), tokens = step_costs([teacher, ema], about, shape), math.prod(shape)
         figures |= {f"speedup_{tokens}_tokens": whole["step_ms"] / part["step_ms"],

@@ -784,16 +784,16 @@ def test_search_finds_the_best_and_leaves_no_trace():
     (model, about), (x, t, text, mask) = tiny_generator(), tiny_inputs()
     candidates, before = prune.Candidates(about, (2, 4, 4), (1, 3, 2)), copy.deepcopy(model.state_dict())
     module, best, drawn = prune.Search(model, candidates), random_masks(candidates), []
-    prune.search(replace(TINY_PRUNE, search_steps=3, lr=1.), model, candidates, [[np.ones((4, *y.shape[1:])) for y in (
-        x, text, mask)]], ("cpu", 0, 1))
+    prune.search(replace(TINY_PRUNE, search_steps=3, lr=1.), model, candidates, lambda _: (x, x + 1, t, text, mask),
+                 ("cpu", 0, 1))
     assert same(dict(model.state_dict()), dict(before)) and not any(m._forward_hooks for m in model.modules())
     sum(module(4., *(torch.cat([y] * 8) for y in (x, x + 1, t, text, mask))) for _ in range(4)).backward()
     assert all((p.grad != 0).all() for p in module.logits.values()) and all(p.grad is None for p in model.parameters())
     assert all(up.grad.abs().max() > 0 for up in module.up)
     distance = lambda *_: sum((mask - best[level]).square().sum(-1).mean() for level, mask in drawn.pop().items())
     with patch.object(prune, "masking", lambda _, masks: drawn.append(masks) or []), \
-            patch.object(prune, "flow_matching_loss", distance), patch.object(prune, "batch", lambda *_: (x, x)):
-        found = prune.search(replace(TINY_PRUNE, search_steps=60), model, candidates, None, ("cpu", 0, 1))
+            patch.object(prune, "flow_matching_loss", distance):
+        found = prune.search(replace(TINY_PRUNE, search_steps=60), model, candidates, lambda _: (x, x), ("cpu", 0, 1))
     assert same(found, best)
 
 
