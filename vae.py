@@ -51,12 +51,10 @@ class Stage:
 
 def launch(main, Config, presets):
     """Run a stage from the command line; what the user can mend ends in one line on stderr and exit status 2."""
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            self.exit(2, f"{self.prog}: {message} (python {self.prog} --help lists the flags)\n")
-
-    parser = Parser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    hint = f"(python {parser.prog} --help lists the flags)"
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} {hint}\n")
     for f in fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         if f.type is tuple:
@@ -116,13 +114,13 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    average = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    average.lerp_(p.grad, 1 - group["momentum"])
-                    update = self.orthogonal(p.grad.lerp(average, group["momentum"]).flatten(1)).reshape(p.shape)
-                    p.add_(update, alpha=-group["lr"] * max(1, len(p) / p[0].numel()) ** .5)
+        group, = self.param_groups
+        for p in group["params"]:
+            if p.grad is not None:
+                average = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - group["momentum"])
+                update = self.orthogonal(p.grad.lerp(average, group["momentum"]).flatten(1)).reshape(p.shape)
+                p.add_(update, alpha=-group["lr"] * max(1, len(p) / p[0].numel()) ** .5)
 
     def orthogonal(self, x):
         """About U V^T of the singular value decomposition U S V^T of x (m, n)."""
@@ -140,11 +138,11 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model, lr, muon_lr):
     """AdamW for everything; with muon_lr, Muon for the matrices and kernels of the parts named in model.inner."""
-    params = dict(model.named_parameters())
-    inner = {n for n, p in params.items() if muon_lr and p.ndim > 1 and n.split(".")[0] in model.inner}
-    adamw = torch.optim.AdamW([p for n, p in params.items() if n not in inner], lr, betas=(.9, .999), weight_decay=0,
-                              fused=True)
-    return [adamw] + ([Muon([p for n, p in params.items() if n in inner], muon_lr)] if inner else [])
+    inner, others = [], []
+    for name, p in model.named_parameters():
+        (inner if muon_lr and p.ndim > 1 and name.split(".")[0] in model.inner else others).append(p)
+    adamw = torch.optim.AdamW(others, lr, weight_decay=0, fused=True)
+    return [adamw, Muon(inner, muon_lr)] if inner else [adamw]
 
 
 def update(loss, optimizers, step, cfg, path):
@@ -284,8 +282,7 @@ HELD_OUT = (COMBINATIONS @ torch.tensor([1, 3, 7, 2])) % 10 == 0  # 96 of them, 
 
 def caption(attributes):
     """Words of one clip's 4 attributes; -1 leaves one out."""
-    words = (names[i] if i >= 0 else "" for names, i in zip(ATTRIBUTES.values(), attributes))
-    colour, shape, motion, background = words
+    colour, shape, motion, background = (n[i] if i >= 0 else "" for n, i in zip(ATTRIBUTES.values(), attributes))
     words = ["a", colour, shape or "thing", motion, background and f"on a {background} background"]
     return " ".join(filter(None, words))
 
@@ -488,35 +485,30 @@ class VideoFolder:
         self.cfg, folder = cfg, Path(cfg.data)
         if not folder.is_dir():
             raise Abort(f"--data {folder} is no folder: give one with NAME.mp4 and NAME.txt, or leave it synthetic")
-        self.files = sorted(f for f in folder.iterdir() if f.suffix.lower() in VIDEOS + IMAGES)
-        if not self.files:
+        videos, images = (sorted(f for f in folder.iterdir() if f.suffix.lower() in kind) for kind in (VIDEOS, IMAGES))
+        if not videos + images:
             raise Abort(f"--data {folder} holds no {', '.join(VIDEOS + IMAGES)} file")
-        for f in self.files:
+        for f in videos + images:
             if not f.with_suffix(".txt").exists():
                 raise Abort(f"{f} has no caption: write one into {f.with_suffix('.txt').name} beside it")
         try:
             import av
         except ImportError:
             raise Abort("reading videos needs PyAV: pip install av") from None
-        videos = [f for f in self.files if f.suffix.lower() in VIDEOS]
-        images = [f for f in self.files if f.suffix.lower() in IMAGES]
         self.items = [*itertools.product(range(self.STARTS), videos), *itertools.product([0], images)]
         n = self.STARTS * len(videos)
-        self.kinds = {"clips": range(n), "images": range(n, len(self.items))}
-        self.kinds = {kind: indices for kind, indices in self.kinds.items() if indices}
-        self.read = lru_cache(256)(self.read)
-
-    def video(self, i):
-        start, path = self.items[i]
-        return self.read(path, start)
+        kinds = ("clips", range(n)), ("images", range(n, len(self.items)))
+        self.kinds = {kind: indices for kind, indices in kinds if indices}
+        self.video = lru_cache(256)(self.video)
 
     def caption(self, i):
         return " ".join(self.items[i][1].with_suffix(".txt").read_text().lower().split())
 
-    def read(self, path, start):
-        """Decode the clip at a start -> (3, F, H, W) in [-1, 1]: the frames nearest in time, cropped in the middle."""
+    def video(self, i):
+        """Clip i (3, F, H, W) in [-1, 1]: the frames nearest in time, cropped in the middle."""
         import av
-        cfg, still = self.cfg, path.suffix.lower() in IMAGES
+        cfg, (start, path) = self.cfg, self.items[i]
+        still = path.suffix.lower() in IMAGES
         count = 1 if still else cfg.frames
         try:
             with av.open(str(path)) as container:
@@ -542,10 +534,11 @@ class VideoFolder:
         if len(frames) < count:
             raise Abort(f"{path} ends after {len(frames)} of {count} frames: remove it or encode it again")
         video = rearrange(torch.from_numpy(np.stack(frames)), "f h w c -> f c h w").float() / 127.5 - 1
-        (height, width), scale = cfg.size, max(cfg.size[0] / video.shape[2], cfg.size[1] / video.shape[3])
-        scaled = [max(side, round(n * scale)) for side, n in zip(cfg.size, video.shape[2:])]
-        top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
-        video = F.interpolate(video, scaled, mode="bilinear", antialias=True)[..., top:top + height, left:left + width]
+        scale = max(side / n for side, n in zip(cfg.size, video.shape[2:]))
+        scaled = [round(n * scale) for n in video.shape[2:]]
+        video = F.interpolate(video, scaled, mode="bilinear", antialias=True)
+        for dim, side in enumerate(cfg.size, 2):
+            video = video.narrow(dim, (video.shape[dim] - side) // 2, side)
         return rearrange(video, "f c h w -> c f h w").contiguous()
 
 
@@ -579,19 +572,6 @@ class VAEConfig(DataConfig):
     light: bool = flag(True, "Ours: (1,3,3) + (3,1,1) kernels, and shortcuts round the samplers as in LTX 0.9.5")
 
 
-def layout(cfg):
-    """Patch size, strides of the stages, and (widths, encoder blocks, decoder blocks) per stage, for cfg.ratio."""
-    if cfg.ratio not in RATIOS:
-        raise Abort(f"--ratio {cfg.ratio}: choose from {', '.join(RATIOS)}")
-    time, space = RATIOS[cfg.ratio]
-    patch = cfg.patch or space // time
-    halve_t, halve_s = int(math.log2(time)), int(math.log2(space // patch))
-    stages = max(halve_t, halve_s)
-    strides = [tuple(2 if i >= stages - n else 1 for n in (halve_t, halve_s, halve_s)) for i in range(stages)]
-    sizes = cfg.widths, cfg.encoder_blocks, cfg.decoder_blocks
-    return patch, strides, [per_stage[:stages] + per_stage[-1:] for per_stage in sizes]
-
-
 def pixel_norm(x):
     return x * (x.square().mean(1, keepdim=True) + 1e-8).rsqrt()
 
@@ -600,9 +580,8 @@ class CausalConv3d(nn.Conv3d):
     """Repeats the first frame before the clip; with causal=False, as in LTX's decoder, both ends alike."""
 
     def __init__(self, c_in, c_out, kernel=3, stride=1, causal=True):
-        kernel = (kernel,) * 3 if isinstance(kernel, int) else kernel
-        super().__init__(c_in, c_out, kernel, stride, padding=(0, kernel[1] // 2, kernel[2] // 2))
-        self.causal = causal
+        super().__init__(c_in, c_out, kernel, stride)
+        self.causal, self.padding = causal, (0, *(k // 2 for k in self.kernel_size[1:]))
 
     def forward(self, x):
         extra = self.kernel_size[0] - 1
@@ -669,10 +648,16 @@ class VAE(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg = cfg
-        self.patch, strides, (widths, down_blocks, up_blocks) = layout(cfg)
-        self.compression = RATIOS[cfg.ratio]
-        kernel, c, light = 1 if cfg.light else 3, cfg.latent_channels, cfg.light
+        if cfg.ratio not in RATIOS:
+            raise Abort(f"--ratio {cfg.ratio}: choose from {', '.join(RATIOS)}")
+        self.cfg, self.compression = cfg, RATIOS[cfg.ratio]
+        kernel, c, light, (time, space) = 1 if cfg.light else 3, cfg.latent_channels, cfg.light, self.compression
+        self.patch = cfg.patch or space // time
+        halve_t, halve_s = int(math.log2(time)), int(math.log2(space // self.patch))
+        stages = max(halve_t, halve_s)
+        strides = [tuple(2 if i >= stages - n else 1 for n in (halve_t, halve_s, halve_s)) for i in range(stages)]
+        widths, down_blocks, up_blocks = (per_stage[:stages] + per_stage[-1:] for per_stage in
+                                          (cfg.widths, cfg.encoder_blocks, cfg.decoder_blocks))
 
         def blocks(width, count, causal):
             return [ResBlock(width, width, light, causal) for _ in range(count)]
