@@ -17,12 +17,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from vae import (VAE, Abort, DataConfig, Stage, VAEConfig, barrier, caption, dry_run, flag, launch, load,
+from vae import (VAE, Abort, DataConfig, Stage, VAEConfig, barrier, caption, draw, dry_run, flag, launch, load,
                  make_optimizers, open_clips, parallel, print0, progress, resume, save, score, setup, summary, update,
                  words, write_png)
 
@@ -303,14 +302,9 @@ def encode_clips(cfg, vae, encode_text, rank, world, device):
 
 
 def draw_batch(cache, batch_size, key, device):
-    """x0 (B, C, f, h, w), text_emb (B, L, E) and text_mask (B, L), the same for the same key (seed, step, rank).
-
-    Videos and images do not share a batch.
-    """
-    rng, sizes = np.random.default_rng(key), [len(latents) for latents, _, _ in cache]
-    arrays = cache[rng.choice(len(cache), p=np.divide(sizes, sum(sizes)))]
-    rows = rng.integers(len(arrays[0]), size=batch_size)
-    return [torch.from_numpy(array[rows]).float().to(device) for array in arrays]
+    """x0 (B, C, f, h, w), text_emb (B, L, E) and text_mask (B, L), the same for the same key (seed, step, rank)."""
+    kind, rows = draw([len(latents) for latents, _, _ in cache], batch_size, key)
+    return [torch.from_numpy(array[rows]).float().to(device) for array in cache[kind]]
 
 
 def drop_captions(text_emb, text_mask, share):

@@ -17,7 +17,7 @@ import sys
 import time
 import zlib
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -714,6 +714,39 @@ class VAE(nn.Module):
         """latents (B, C, f, h, w) -> video (B, 3, F, H, W), about [-1, 1]."""
         return self.to_video(self.reconstruct(latents * self.std + self.mean))
 
+    def forward(self, video, cfg):
+        """video (B, 3, F, H, W), weights in cfg -> loss: reconstruction + KL + latent consistency; mean squared error.
+
+        Ours: the paper's losses are in a supplement that is not public. Its authors' VAE paper [48] finds that GAN, LPIPS
+        and wavelet losses bring nothing at scale, and that a reconstruction, encoded again, should land on its own
+        latents. Some find [Skorokhodov et al., arXiv 2502.14831] that latents are easier to generate if, at half their
+        size, they stand for the clip at half its size: then they change smoothly with what they show.
+        """
+        mean, logvar = self.posterior(self.to_patches(video))
+        z = mean + (logvar / 2).exp() * torch.randn_like(mean)
+        output = self.reconstruct(z)
+        loss, error = self.distance(output, video)
+        loss = loss + cfg.kl_weight * .5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        if cfg.scale_weight and z.requires_grad and not any(n % 2 for n in z.shape[3:]):
+            half = self.reconstruct(F.avg_pool3d(z, (1, 2, 2)))
+            loss = loss + cfg.scale_weight * self.distance(half, F.avg_pool3d(video, (1, 2, 2)))[0]
+        if cfg.consistency_weight:
+            again = self.posterior(output)[0]
+            loss = loss + cfg.consistency_weight * (again - mean.detach()).square().mean()
+        return loss, error.detach()
+
+    def distance(self, output, video):
+        """Patches of a reconstruction, and its video -> weighted L1 + 5 MSE, and the plain mean squared error.
+
+        Ours: patches on or beside what differs from its row's median colour count five times. Most of a clip is
+        background that is easy; on the toy this is worth 2 dB and is what makes outlines sharp.
+        """
+        pixels = video[..., ::self.patch // 2, ::self.patch // 2]
+        far = (pixels - pixels.median(-1, keepdim=True).values.median(2, keepdim=True).values).abs().amax(1) > .2
+        weight = 1 + 4 * F.max_pool2d(far.float(), 6, 2, 2)[:, None]                             # (B, 1, F, h, w)
+        error = output - self.to_patches(video)
+        return (weight * (error.abs() + 5 * error.square())).mean(), error.square().mean()
+
     @torch.no_grad()
     def measure_latents(self, clips, count):
         """Set mean and std from the posteriors' means of `count` clips, drawn from all of them evenly."""
@@ -748,68 +781,18 @@ PRESETS = {"toy": {}, "paper": dict(  # LTX's own sizes: 419,193,649 parameters
     kl_weight=1e-4, scale_weight=0., consistency_weight=.1, workers=8, save_every=1000)}
 
 
-class Trainer(nn.Module):
-    """The VAE with its loss: reconstruction + KL + latent consistency.
-
-    Ours: the paper's losses are in a supplement that is not public. Its authors' VAE paper [48] finds that GAN, LPIPS
-    and wavelet losses bring nothing at scale, and that a reconstruction, encoded again, should land on its latents.
-    Some find [Skorokhodov et al., arXiv 2502.14831] that latents are easier to generate if, at half their size, they
-    stand for the clip at half its size: then they change smoothly with what they show.
-    """
-
-    def __init__(self, vae, cfg):
-        super().__init__()
-        self.vae, self.cfg = vae, cfg
-
-    def forward(self, video):
-        """video (B, 3, F, H, W) -> loss, and the mean squared error."""
-        mean, logvar = self.vae.posterior(self.vae.to_patches(video))
-        z = mean + (logvar / 2).exp() * torch.randn_like(mean)
-        output = self.vae.reconstruct(z)
-        loss, error = self.distance(output, video)
-        loss = loss + self.cfg.kl_weight * .5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        if self.cfg.scale_weight and z.requires_grad and not any(n % 2 for n in z.shape[3:]):
-            half = self.vae.reconstruct(F.avg_pool3d(z, (1, 2, 2)))
-            loss = loss + self.cfg.scale_weight * self.distance(half, F.avg_pool3d(video, (1, 2, 2)))[0]
-        if self.cfg.consistency_weight:
-            again = self.vae.posterior(output)[0]
-            loss = loss + self.cfg.consistency_weight * (again - mean.detach()).square().mean()
-        return loss, error.detach()
-
-    def distance(self, output, video):
-        """Patches of a reconstruction, and its video -> weighted L1 + 5 MSE, and the plain mean squared error."""
-        error = output - self.vae.to_patches(video)
-        weighted = detail_weight(video, self.vae.patch) * (error.abs() + 5 * error.square())
-        return weighted.mean(), error.square().mean()
+def draw(sizes, count, key):
+    """Which of the kinds of clips, of these sizes, and which `count` of its clips: the same for the same key."""
+    rng = np.random.default_rng(key)
+    kind = rng.choice(len(sizes), p=np.divide(sizes, sum(sizes)))  # videos and images do not share a batch
+    return kind, rng.integers(sizes[kind], size=count)
 
 
-def detail_weight(video, patch):
-    """Ours: patches on or beside what differs from its row's median colour count five times. -> (B, 1, F, h, w)
-
-    Most of a clip is background that is easy; on the toy this is worth 2 dB and is what makes outlines sharp.
-    """
-    pixels = video[..., ::patch // 2, ::patch // 2]
-    far = (pixels - pixels.median(-1, keepdim=True).values.median(2, keepdim=True).values).abs().amax(1) > .2
-    return 1 + 4 * F.max_pool2d(far.float(), 6, 2, 2)[:, None]
-
-
-class Batches(torch.utils.data.Dataset):
-    """Item `step` is a training batch, the same in every run: it depends on (seed, step, rank) alone."""
-
-    def __init__(self, clips, cfg, rank):
-        self.clips, self.cfg, self.rank = clips, cfg, rank
-
-    def __getitem__(self, step):
-        rng, cfg = np.random.default_rng((self.cfg.seed, step, self.rank)), self.cfg
-        kinds, sizes = zip(*((kind, len(indices)) for kind, indices in self.clips.kinds.items()))
-        kind = rng.choice(kinds, p=np.divide(sizes, sum(sizes)))  # videos and images do not share a batch
-        indices = self.clips.kinds[kind]
-        return torch.stack([self.clips.video(indices[j]) for j in rng.integers(len(indices), size=cfg.batch_size)])
-
-
-def psnr(a, b):
-    """Peak signal-to-noise ratio in dB between clips (B, 3, F, H, W) in [-1, 1], one figure a clip (B,)."""
-    return 10 * (4 / (a.clamp(-1, 1) - b).square().mean((1, 2, 3, 4))).log10()
+def training_batch(clips, cfg, rank, step):
+    """Clips (B, 3, F, H, W), the same in every run: they depend on (seed, step, rank) alone."""
+    kinds = list(clips.kinds.values())
+    kind, rows = draw([len(indices) for indices in kinds], cfg.batch_size, (cfg.seed, step, rank))
+    return torch.stack([clips.video(kinds[kind][row]) for row in rows])
 
 
 @torch.no_grad()
@@ -823,7 +806,8 @@ def evaluate(vae, cfg, device):
     scale = (c / 3) ** .5  # the baseline: averages over boxes, as many numbers as the latents have
     boxes = F.interpolate(F.adaptive_avg_pool3d(video, (f, round(h * scale), round(w * scale))), video.shape[2:],
                           mode="trilinear")
-    figures = dict(psnr=psnr(output, video).mean().item(), psnr_boxes=psnr(boxes, video).mean().item())
+    psnr = lambda clips: (10 * (4 / (clips - video).square().mean((1, 2, 3, 4))).log10()).mean().item()
+    figures = dict(psnr=psnr(output), psnr_boxes=psnr(boxes))
     if cfg.data == "synthetic":
         shown = torch.stack([clips.attributes(i)[0] for i in indices])
         for name, clip in dict(readable=output, readable_boxes=boxes, readable_true=video).items():
@@ -836,42 +820,37 @@ def main(cfg):
     began, (device, rank, world) = time.time(), setup(cfg.seed)
     path = Path(cfg.out) / "vae.pt"
     with torch.device("meta" if cfg.dry_run else device):
-        trainer = Trainer(VAE(cfg), cfg)
-    vae = trainer.vae.to(memory_format=torch.channels_last_3d)
+        vae = VAE(cfg).to(memory_format=torch.channels_last_3d)
     shape = vae.latent_shape(cfg.frames, *cfg.size)
-    print0(f"vae: {cfg.ratio}, latents {shape} of {cfg.data} clips {cfg.frames, *cfg.size}, "
-           f"{world} x {device.type}")
+    print0(f"vae: {cfg.ratio}, latents {shape} of {cfg.data} clips {cfg.frames, *cfg.size}, {world} x {device.type}")
     if cfg.dry_run:
         video, latents = (torch.empty(n, *s, device="meta") for n, s in
                           ((cfg.batch_size, (3, cfg.frames, *cfg.size)), (1, shape)))
-        return dry_run("VAE", vae, lambda: trainer(video)[0], lambda: vae.decode(latents))
+        return dry_run("VAE", vae, lambda: vae(video, cfg)[0], lambda: vae.decode(latents))
     optimizers = make_optimizers(vae, cfg.lr, cfg.muon_lr)
     start = resume(path, cfg, {"model": vae}, optimizers) if cfg.resume else 0
-    loader = torch.utils.data.DataLoader(Batches(open_clips(cfg), cfg, rank), None, sampler=range(start, cfg.steps),
-                                         num_workers=cfg.workers, generator=torch.Generator())
-    model = parallel(trainer, world)
-
-    def checkpoint(step):
-        save(path, stage="vae", step=step, config=asdict(cfg), model=vae.state_dict(), rng=torch.get_rng_state(),
-             optimizer=[optimizer.state_dict() for optimizer in optimizers])
-
+    clips, model = open_clips(cfg), parallel(vae, world)
+    loader = torch.utils.data.DataLoader(range(start, cfg.steps), None, num_workers=cfg.workers,
+                                         collate_fn=partial(training_batch, clips, cfg, rank),
+                                         generator=torch.Generator())  # its own, so that workers change no noise
     for step, video in zip(progress(start, cfg.steps), loader):
         if vae.encoder_out.weight.requires_grad and cfg.steps - step <= cfg.decoder_share * cfg.steps:
             for part in vae.encoder_in, vae.encoder, vae.encoder_out:
                 part.requires_grad_(False)
-            model = parallel(trainer, world)
-        loss, error = model(video.to(device))
+            model = parallel(vae, world)
+        loss, error = model(video.to(device), cfg)
         update(loss, optimizers, step, cfg, path)
         if (step + 1) % cfg.log_every == 0:
             print0(f"step {step + 1}/{cfg.steps}  loss {loss:.4f}  psnr {10 * (4 / error).log10():.2f} dB  "
                    f"{(time.time() - began) / 60:.1f} min")
-        if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps and rank == 0:
-            checkpoint(step + 1)
-    vae.measure_latents(open_clips(cfg), 256)
+        if step + 1 == cfg.steps:
+            vae.measure_latents(clips, 256)
+        if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
+            save(path, stage="vae", step=step + 1, config=asdict(cfg), model=vae.state_dict(),
+                 rng=torch.get_rng_state(), optimizer=[optimizer.state_dict() for optimizer in optimizers])
     figures, film = evaluate(vae, cfg, device)
     if rank == 0:
         write_png(path.with_suffix(".png"), film, cfg.fps)
-        checkpoint(cfg.steps)
     return summary("VAE", figures, began, f"look at {path.with_suffix('.png')}, then python dit.py")
 
 
