@@ -197,6 +197,7 @@ def summary(stage, figures, began=None, then=None):
         print0("next:", then)
     return figures
 
+
 def save(path, **checkpoint):
     """Write a checkpoint of tensors and plain values so that `path` always holds a whole one, the old or the new."""
     path = Path(path)
@@ -247,21 +248,21 @@ def write_png(path, video, fps=8):
     frames = ((rearrange(video, "c f h w -> f h w c").clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
     count, height, width, _ = frames.shape
 
-    def chunk(kind, *values):
-        body = kind + b"".join(v if isinstance(v, bytes) else struct.pack(">I", v) for v in values)
+    def chunk(kind, layout="", *values, data=b""):
+        body = kind + struct.pack(f">{layout}", *values) + data
         return struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
 
-    data = [b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", width, height, b"\x08\x02\0\0\0")]
-    data += [chunk(b"acTL", count, 0)] * (count > 1)
-    for i, frame in enumerate(frames):
-        above = np.diff(frame, axis=0, prepend=np.zeros((1, width, 3), np.uint8)).reshape(height, -1)
-        rows = np.pad(above, ((0, 0), (1, 0)), constant_values=2)  # PNG's filter 2: differences to the row above
-        delay = struct.pack(">HHBB", 100, round(100 * fps), 0, 0)
-        control = chunk(b"fcTL", max(0, 2 * i - 1), width, height, 0, 0, delay)
-        pixels = zlib.compress(rows.tobytes(), 6)
-        data += [control] * (count > 1) + [chunk(b"fdAT", 2 * i, pixels) if i else chunk(b"IDAT", pixels)]
+    above = np.diff(frames, axis=1, prepend=np.uint8(0)).reshape(count, height, -1)
+    rows = np.pad(above, ((0, 0), (0, 0), (1, 0)), constant_values=2)  # PNG's filter 2: differences to the row above
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", "IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    if count > 1:
+        png += chunk(b"acTL", "II", count, 0)
+    for i, pixels in enumerate(zlib.compress(frame.tobytes(), 6) for frame in rows):
+        if count > 1:
+            png += chunk(b"fcTL", "IIIIIHHBB", max(0, 2 * i - 1), width, height, 0, 0, 100, round(100 * fps), 0, 0)
+        png += chunk(b"fdAT", "I", 2 * i, data=pixels) if i else chunk(b"IDAT", data=pixels)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_bytes(b"".join(data + [chunk(b"IEND")]))
+    Path(path).write_bytes(png + chunk(b"IEND"))
 
 
 # ------------------------------------------------------------------------------------------------ the toy world
@@ -273,7 +274,7 @@ MOTIONS = ("moves left", "moves right", "moves up", "moves down", "moves diagona
 BACKGROUNDS = {"black": ((.03, .03, .03),) * 2, "gray": ((.5, .5, .5),) * 2, "teal": ((0, .45, .45),) * 2,
                "brown": ((.4, .22, .08),) * 2, "sunset": ((.95, .5, .15), (.25, .08, .4))}  # (top, bottom) RGB
 PALETTE = torch.tensor(list(COLOURS.values())) * 2 - 1                                           # (6, 3)
-GROUNDS = torch.tensor(list(BACKGROUNDS.values())) * 2 - 1                                       # (5, 2, 3)
+GROUNDS = rearrange(torch.tensor(list(BACKGROUNDS.values())) * 2 - 1, "k end c -> end k c 1 1 1")
 ATTRIBUTES = {"colour": tuple(COLOURS), "shape": SHAPES, "motion": MOTIONS, "background": tuple(BACKGROUNDS)}
 HEADINGS = torch.tensor([[-1, 0], [1, 0], [0, -1], [0, 1], [.5 ** .5, -.5 ** .5], [-.5 ** .5, .5 ** .5]])  # (x, y down)
 COMBINATIONS = torch.tensor(list(itertools.product(*(range(len(v)) for v in ATTRIBUTES.values()))))  # (960, 4)
@@ -323,15 +324,12 @@ def render(attributes, seed=0, index=0, frames=17, size=(128, 128)):
     Returns video (n, 3, frames, height, width) in [-1, 1].
     """
     p, q = ((torch.arange(n) + .5) / n for n in size)
-    video = []
+    grounds, video = torch.lerp(*GROUNDS, p[:, None]), []                                        # (5, 3, 1, H, 1)
     for i, (colour, shape, motion, background) in enumerate(attributes.tolist()):
         r, path = track(shape, motion, np.random.default_rng((seed, index + i)), frames)
-        path = path[..., None, None]
-        x, y = q - path[:, 0], p[:, None] - path[:, 1]                                           # (F, 1, W), (F, H, 1)
+        x, y = q - path[:, 0, None, None], p[:, None] - path[:, 1, None, None]                   # (F, 1, W), (F, H, 1)
         inside = (.5 - size[0] * signed_distance(shape, x, y, r)).clamp(0, 1)                    # (F, H, W)
-        top, bottom = GROUNDS[background, :, :, None, None, None]
-        ground = torch.lerp(top, bottom, p[:, None])                                             # (3, 1, H, 1)
-        video.append(torch.lerp(ground, PALETTE[colour][:, None, None, None], inside))
+        video.append(torch.lerp(grounds[background], PALETTE[colour][:, None, None, None], inside))
     return torch.stack(video)
 
 
@@ -366,14 +364,13 @@ def look(clip):
     """One clip (3, F, H, W): its attributes, and its flicker, smoothness, constancy and sharpness (1 is best)."""
     size, coarse = clip.shape[-1], clip[..., ::2, ::2]               # a quarter of the pixels tells the colours
     p = (torch.arange(size) + .5) / size
-    border = (p - .5).abs() > .48
-    border = border | border[:, None]                                # an object covers less than a quarter of it
-    grounds = rearrange(torch.lerp(GROUNDS[:, :1], GROUNDS[:, 1:], p[:, None]), "k h c -> k c 1 h 1")
+    border = torch.maximum((p - .5).abs(), (p[:, None] - .5).abs()) > .48  # an object covers less than a quarter of it
+    grounds = torch.lerp(*GROUNDS, p[:, None])                                                  # (5, 3, 1, H, 1)
     off = clip[:, ::2, border] - grounds.expand(-1, -1, -1, -1, size)[..., border]              # (5, 3, F/2, border)
-    errors = reduce(off.abs(), "k c f p -> k (f p)", "mean")
+    errors = off.abs().mean(1).flatten(1)
     best = errors.mean(1).argmin().item()
     background = best if (errors[best] < .2).float().mean() > .7 else -1
-    ground = grounds[best] + rearrange(off[best], "c f p -> c (f p)").median(1).values[:, None, None, None]
+    ground = grounds[best] + off[best].flatten(1).median(1).values[:, None, None, None]
     nothing = torch.tensor([-1, -1, -1, background]), torch.zeros(4)
 
     away = clip - ground
@@ -514,7 +511,7 @@ class VideoFolder:
             with av.open(str(path)) as container:
                 stream = container.streams.video[0]
                 stream.thread_type = "AUTO"
-                seconds = 0 if still else float((stream.duration or 0) * stream.time_base)
+                seconds, late = (float((n or 0) * stream.time_base) for n in (stream.duration, stream.start_time))
                 wanted = np.arange(count) / cfg.fps
                 shortest = 1 / float(stream.average_rate or cfg.fps)
                 room = seconds - wanted[-1] - max(shortest, 1 / cfg.fps)
@@ -522,8 +519,8 @@ class VideoFolder:
                     raise Abort(f"{path} lasts {seconds:.2f} s, a clip of {count} frames at {cfg.fps:g} per second "
                                 f"{count / cfg.fps:.2f} s: remove it, or lower --frames or raise --fps")
                 wanted = wanted + room * start / (self.STARTS - 1)
-                frames, late = [], float((stream.start_time or 0) * (stream.time_base or 0))
-                container.seek(0 if still else int(wanted[0] / stream.time_base), stream=stream)
+                container.seek(int(wanted[0] / stream.time_base), stream=stream)
+                frames = []
                 for frame in container.decode(stream):
                     while len(frames) < count and (still or frame.time - late >= wanted[len(frames)] - shortest / 2):
                         frames.append(frame.to_ndarray(format="rgb24"))
@@ -692,9 +689,6 @@ class VAE(nn.Module):
         return rearrange(video, "b c f (h p) (w q) -> b (c q p) f h w", p=self.patch, q=self.patch).contiguous(
             memory_format=torch.channels_last_3d)
 
-    def to_video(self, patches):
-        return rearrange(patches, "b (c q p) f h w -> b c f (h p) (w q)", p=self.patch, q=self.patch)
-
     def posterior(self, patches):
         """Patches of a video -> its latents' mean (B, C, f, h, w), log-variance (B, 1, f, h, w), not normalised."""
         x = self.encoder_out(F.silu(pixel_norm(self.encoder(self.encoder_in(patches)))))
@@ -712,15 +706,16 @@ class VAE(nn.Module):
 
     def decode(self, latents):
         """latents (B, C, f, h, w) -> video (B, 3, F, H, W), about [-1, 1]."""
-        return self.to_video(self.reconstruct(latents * self.std + self.mean))
+        patches = self.reconstruct(latents * self.std + self.mean)
+        return rearrange(patches, "b (c q p) f h w -> b c f (h p) (w q)", p=self.patch, q=self.patch)
 
     def forward(self, video, cfg):
         """video (B, 3, F, H, W), weights in cfg -> loss: reconstruction + KL + latent consistency; mean squared error.
 
-        Ours: the paper's losses are in a supplement that is not public. Its authors' VAE paper [48] finds that GAN, LPIPS
-        and wavelet losses bring nothing at scale, and that a reconstruction, encoded again, should land on its own
-        latents. Some find [Skorokhodov et al., arXiv 2502.14831] that latents are easier to generate if, at half their
-        size, they stand for the clip at half its size: then they change smoothly with what they show.
+        Ours: the paper's losses are in a supplement that is not public. Its authors' VAE paper [48] finds that GAN,
+        LPIPS and wavelet losses bring nothing at scale, and that a reconstruction, encoded again, should land on its
+        own latents. Some find [Skorokhodov et al., arXiv 2502.14831] that latents are easier to generate if, at half
+        their size, they stand for the clip at half its size: then they change smoothly with what they show.
         """
         mean, logvar = self.posterior(self.to_patches(video))
         z = mean + (logvar / 2).exp() * torch.randn_like(mean)
