@@ -791,12 +791,18 @@ def training_batch(clips, cfg, rank, step):
 
 
 @torch.no_grad()
-def evaluate(vae, cfg, device):
+def reconstruct_clips(vae, clips, indices):
+    """Clips (n, 3, F, H, W) and what the VAE makes of them, on the CPU."""
+    video = torch.stack([clips.video(i) for i in indices])
+    again = [vae.decode(vae.encode(clip[None].to(vae.mean.device))).clamp(-1, 1).cpu() for clip in video]
+    return video, torch.cat(again)
+
+
+def evaluate(vae, cfg):
     """Figures of reconstructed clips, unseen ones if synthetic, and a film of inputs above reconstructions."""
     clips = open_clips(cfg, "full")
     indices = next(iter(clips.kinds.values()))[:48]
-    video = torch.stack([clips.video(i) for i in indices])
-    output = torch.cat([vae.decode(vae.encode(v.to(device))).cpu() for v in video.split(4)]).clamp(-1, 1)
+    video, output = reconstruct_clips(vae, clips, indices)
     c, f, h, w = vae.latent_shape(*video.shape[2:])
     scale = (c / 3) ** .5  # the baseline: averages over boxes, as many numbers as the latents have
     boxes = F.interpolate(F.adaptive_avg_pool3d(video, (f, round(h * scale), round(w * scale))), video.shape[2:],
@@ -843,7 +849,7 @@ def main(cfg):
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
             save(path, stage="vae", step=step + 1, config=asdict(cfg), model=vae.state_dict(),
                  rng=torch.get_rng_state(), optimizer=[optimizer.state_dict() for optimizer in optimizers])
-    figures, film = evaluate(vae, cfg, device)
+    figures, film = evaluate(vae, cfg)
     if rank == 0:
         write_png(path.with_suffix(".png"), film, cfg.fps)
     return summary("VAE", figures, began, f"look at {path.with_suffix('.png')}, then python dit.py")
