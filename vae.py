@@ -8,7 +8,6 @@
 video (B, 3, F, H, W) in [-1, 1] of F = 1 + 8k frames -> out/vae.pt, out/vae.png (inputs above reconstructions)
 """
 import argparse
-import itertools
 import math
 import os
 import pickle
@@ -26,6 +25,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------ plumbing
@@ -169,19 +169,15 @@ def parallel(module, world):
 
 def dry_run(stage, model, train, infer):
     """Count what a training step, train() -> loss, and an inference step, infer(), take; on the meta device."""
-    from torch.utils.flop_counter import FlopCounterMode
-    own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with FlopCounterMode(display=False) as training, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    kept = []  # for the backward pass
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x)
+    with FlopCounterMode(display=False) as training, keep:
         train().backward()
     with FlopCounterMode(display=False) as inference, torch.no_grad():
         infer()
+    own, kept = ({x.untyped_storage()._cdata: x.untyped_storage() for x in xs} for xs in (model.parameters(), kept))
+    activations = sum(storage.nbytes() for key, storage in kept.items() if key not in own)
     count = sum(p.numel() for p in model.parameters())
-    activations = sum(size for storage, size in kept.items() if storage not in own)
     return summary(stage, dict(parameters=count, train_tflops=training.get_total_flops() / 1e12,
                                infer_tflops=inference.get_total_flops() / 1e12, weights_gb=4 * count / 1e9,
                                gradients_gb=4 * count / 1e9, adamw_gb=8 * count / 1e9,
@@ -277,7 +273,7 @@ PALETTE = torch.tensor(list(COLOURS.values())) * 2 - 1                          
 GROUNDS = rearrange(torch.tensor(list(BACKGROUNDS.values())) * 2 - 1, "k end c -> end k c 1 1 1")
 ATTRIBUTES = {"colour": tuple(COLOURS), "shape": SHAPES, "motion": MOTIONS, "background": tuple(BACKGROUNDS)}
 HEADINGS = torch.tensor([[-1, 0], [1, 0], [0, -1], [0, 1], [.5 ** .5, -.5 ** .5], [-.5 ** .5, .5 ** .5]])  # (x, y down)
-COMBINATIONS = torch.tensor(list(itertools.product(*(range(len(v)) for v in ATTRIBUTES.values()))))  # (960, 4)
+COMBINATIONS = torch.cartesian_prod(*(torch.arange(len(names)) for names in ATTRIBUTES.values()))  # (960, 4)
 HELD_OUT = (COMBINATIONS @ torch.tensor([1, 3, 7, 2])) % 10 == 0  # 96 of them, which no stage trains on
 
 
@@ -387,8 +383,8 @@ def look(clip):
     path = torch.stack([matte.mean(1) @ p, matte.mean(2) @ p], 1) / size / area[:, None].clamp(min=1e-6)
     x, y = p - path[:, 0, None, None], p[:, None] - path[:, 1, None, None]
     radius = (area / AREAS[:, None]).sqrt()                                                     # (4, F)
-    outlines = [signed_distance(shape, x, y, r[:, None, None]) for shape, r in enumerate(radius)]
-    misses = torch.stack([((outline < 0) ^ (matte > .5)).float().mean((1, 2)) for outline in outlines])
+    outlines = torch.stack([signed_distance(shape, x, y, r[:, None, None]) for shape, r in enumerate(radius)])
+    misses = ((outlines < 0) ^ (matte > .5)).float().mean((2, 3))                               # (4, F)
     ious = (2 * area - misses) / (2 * area + misses).clamp(min=1e-6)  # the two areas are the same
     seen = ((area > .02) & (area < .3) & (ious.amax(0) > .5)).float()
     if seen.mean() < .75:
@@ -492,7 +488,7 @@ class VideoFolder:
             import av
         except ImportError:
             raise Abort("reading videos needs PyAV: pip install av") from None
-        self.items = [*itertools.product(range(self.STARTS), videos), *itertools.product([0], images)]
+        self.items = [(start, f) for start in range(self.STARTS) for f in videos] + [(0, f) for f in images]
         n = self.STARTS * len(videos)
         kinds = ("clips", range(n)), ("images", range(n, len(self.items)))
         self.kinds = {kind: indices for kind, indices in kinds if indices}
@@ -661,10 +657,10 @@ class VAE(nn.Module):
 
         self.encoder_in = CausalConv3d(3 * self.patch ** 2, widths[0], kernel)
         encoder, decoder = [], blocks(widths[-1], up_blocks[-1], False)
-        for i, stride in enumerate(strides):
-            encoder += blocks(widths[i], down_blocks[i], True) + [Down(widths[i], widths[i + 1], stride, light)]
-        for i, stride in reversed(list(enumerate(strides))):
-            decoder += [Up(widths[i + 1], widths[i], stride, light)] + blocks(widths[i], up_blocks[i], False)
+        for i in range(stages):
+            encoder += blocks(widths[i], down_blocks[i], True) + [Down(widths[i], widths[i + 1], strides[i], light)]
+        for i in reversed(range(stages)):
+            decoder += [Up(widths[i + 1], widths[i], strides[i], light)] + blocks(widths[i], up_blocks[i], False)
         self.encoder = nn.Sequential(*encoder, *blocks(widths[-1], down_blocks[-1], True))
         self.encoder_out = CausalConv3d(widths[-1], c + 1, kernel)  # the latents' mean, and one shared log-variance
         self.decoder_in = CausalConv3d(c, widths[-1], kernel, causal=False)
