@@ -17,14 +17,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from vae import (VAE, Abort, DataConfig, Stage, VAEConfig, barrier, caption, dry_run, flag, launch, load,
-                 make_optimizers, open_clips, parallel, print0, progress, resume, save, score, setup, summary, update,
-                 words, write_png)
+from vae import (VAE, Abort, DataConfig, Stage, VAEConfig, barrier, caption, draw, dry_run, flag, launch, load,
+                 make_optimizers, open_clips, parallel, print0, progress, reconstruct_clips, resume, save, score, setup,
+                 summary, update, words, write_png)
 
 # ------------------------------------------------------------------------------------------------ the model
 # LTX-Video's transformer [9], module for module. It is exported to Core ML, so shapes inside are static ints.
@@ -303,14 +302,9 @@ def encode_clips(cfg, vae, encode_text, rank, world, device):
 
 
 def draw_batch(cache, batch_size, key, device):
-    """x0 (B, C, f, h, w), text_emb (B, L, E) and text_mask (B, L), the same for the same key (seed, step, rank).
-
-    Videos and images do not share a batch.
-    """
-    rng, sizes = np.random.default_rng(key), [len(latents) for latents, _, _ in cache]
-    arrays = cache[rng.choice(len(cache), p=np.divide(sizes, sum(sizes)))]
-    rows = rng.integers(len(arrays[0]), size=batch_size)
-    return [torch.from_numpy(array[rows]).float().to(device) for array in arrays]
+    """x0 (B, C, f, h, w), text_emb (B, L, E) and text_mask (B, L), the same for the same key (seed, step, rank)."""
+    kind, rows = draw([len(latents) for latents, _, _ in cache], batch_size, key)
+    return [torch.from_numpy(array[rows]).float().to(device) for array in cache[kind]]
 
 
 def drop_captions(text_emb, text_mask, share):
@@ -481,10 +475,8 @@ def main(cfg):
             captions = contact_sheet(path.with_suffix(".png"), ema, vae, about)
     figures = dict(loss=float(np.mean(losses)), loss_of_zero=2.)  # noise and normalised latents have variance 1
     if cfg.score_clips and cfg.data == "synthetic" and rank == 0:
-        clips = open_clips(cfg, "full")
-        true = torch.stack([clips.video(i) for i in range(cfg.score_clips)])
-        said = torch.stack([clips.attributes(i)[1] for i in range(cfg.score_clips)])
-        again = torch.cat([vae.decode(vae.encode(v.to(device))).cpu() for v in true.split(1)])
+        _, said = test_captions(cfg, "full", cfg.score_clips)
+        _, again = reconstruct_clips(vae, open_clips(cfg, "full"), range(cfg.score_clips))
         figures |= dict(semantic=score_samples(ema, vae, about, "full", cfg.score_clips, *recipe(about))["semantic"],
                         semantic_reconstructed=score(again, said)["semantic"])
     if rank == 0:

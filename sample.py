@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dit import (DiT, LaterStage, WordEncoder, euler_times, find_generator, generate, load_dit, load_vae,
                  test_captions)
-from vae import RATIOS, VAE, Abort, flag, launch, open_clips, print0, score, setup, summary, write_png
+from vae import (RATIOS, VAE, Abort, flag, launch, open_clips, print0, reconstruct_clips, score, setup, summary,
+                 write_png)
 
 
 @dataclass
@@ -68,10 +69,7 @@ def score_table(cfg, model, vae, text, shape, recipe, trained):
     figures, first = {}, True
     for split in "full", "open":
         captions, said = test_captions(trained, split, cfg.score)
-        clips = open_clips(trained, split)
-        true = torch.stack([clips.video(i) for i in range(cfg.score)])
-        with torch.no_grad():
-            again = torch.cat([vae.decode(vae.encode(v)).clamp(-1, 1) for v in true.split(8)])
+        true, again = reconstruct_clips(vae, open_clips(trained, split), range(cfg.score))
         generated = generate(model, vae, text(captions), shape, *recipe, seed=cfg.seed)
         rows = dict(generated=generated, reconstructed=again, true=true, noise=torch.rand_like(true[:16]) * 2 - 1)
         for name, video in rows.items():

@@ -8,7 +8,6 @@
 video (B, 3, F, H, W) in [-1, 1] of F = 1 + 8k frames -> out/vae.pt, out/vae.png (inputs above reconstructions)
 """
 import argparse
-import itertools
 import math
 import os
 import pickle
@@ -17,7 +16,7 @@ import sys
 import time
 import zlib
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------ plumbing
@@ -51,12 +51,10 @@ class Stage:
 
 def launch(main, Config, presets):
     """Run a stage from the command line; what the user can mend ends in one line on stderr and exit status 2."""
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            self.exit(2, f"{self.prog}: {message} (python {self.prog} --help lists the flags)\n")
-
-    parser = Parser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    hint = f"(python {parser.prog} --help lists the flags)"
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} {hint}\n")
     for f in fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         if f.type is tuple:
@@ -116,13 +114,13 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    average = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    average.lerp_(p.grad, 1 - group["momentum"])
-                    update = self.orthogonal(p.grad.lerp(average, group["momentum"]).flatten(1)).reshape(p.shape)
-                    p.add_(update, alpha=-group["lr"] * max(1, len(p) / p[0].numel()) ** .5)
+        group, = self.param_groups
+        for p in group["params"]:
+            if p.grad is not None:
+                average = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - group["momentum"])
+                update = self.orthogonal(p.grad.lerp(average, group["momentum"]).flatten(1)).reshape(p.shape)
+                p.add_(update, alpha=-group["lr"] * max(1, len(p) / p[0].numel()) ** .5)
 
     def orthogonal(self, x):
         """About U V^T of the singular value decomposition U S V^T of x (m, n)."""
@@ -140,11 +138,11 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model, lr, muon_lr):
     """AdamW for everything; with muon_lr, Muon for the matrices and kernels of the parts named in model.inner."""
-    params = dict(model.named_parameters())
-    inner = {n for n, p in params.items() if muon_lr and p.ndim > 1 and n.split(".")[0] in model.inner}
-    adamw = torch.optim.AdamW([p for n, p in params.items() if n not in inner], lr, betas=(.9, .999), weight_decay=0,
-                              fused=True)
-    return [adamw] + ([Muon([p for n, p in params.items() if n in inner], muon_lr)] if inner else [])
+    inner, others = [], []
+    for name, p in model.named_parameters():
+        (inner if muon_lr and p.ndim > 1 and name.split(".")[0] in model.inner else others).append(p)
+    adamw = torch.optim.AdamW(others, lr, weight_decay=0, fused=True)
+    return [adamw, Muon(inner, muon_lr)] if inner else [adamw]
 
 
 def update(loss, optimizers, step, cfg, path):
@@ -171,19 +169,15 @@ def parallel(module, world):
 
 def dry_run(stage, model, train, infer):
     """Count what a training step, train() -> loss, and an inference step, infer(), take; on the meta device."""
-    from torch.utils.flop_counter import FlopCounterMode
-    own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with FlopCounterMode(display=False) as training, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    kept = []  # for the backward pass
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x)
+    with FlopCounterMode(display=False) as training, keep:
         train().backward()
     with FlopCounterMode(display=False) as inference, torch.no_grad():
         infer()
+    own, kept = ({x.untyped_storage()._cdata: x.untyped_storage() for x in xs} for xs in (model.parameters(), kept))
+    activations = sum(storage.nbytes() for key, storage in kept.items() if key not in own)
     count = sum(p.numel() for p in model.parameters())
-    activations = sum(size for storage, size in kept.items() if storage not in own)
     return summary(stage, dict(parameters=count, train_tflops=training.get_total_flops() / 1e12,
                                infer_tflops=inference.get_total_flops() / 1e12, weights_gb=4 * count / 1e9,
                                gradients_gb=4 * count / 1e9, adamw_gb=8 * count / 1e9,
@@ -198,6 +192,7 @@ def summary(stage, figures, began=None, then=None):
     if then:
         print0("next:", then)
     return figures
+
 
 def save(path, **checkpoint):
     """Write a checkpoint of tensors and plain values so that `path` always holds a whole one, the old or the new."""
@@ -249,21 +244,21 @@ def write_png(path, video, fps=8):
     frames = ((rearrange(video, "c f h w -> f h w c").clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
     count, height, width, _ = frames.shape
 
-    def chunk(kind, *values):
-        body = kind + b"".join(v if isinstance(v, bytes) else struct.pack(">I", v) for v in values)
+    def chunk(kind, layout="", *values, data=b""):
+        body = kind + struct.pack(f">{layout}", *values) + data
         return struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
 
-    data = [b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", width, height, b"\x08\x02\0\0\0")]
-    data += [chunk(b"acTL", count, 0)] * (count > 1)
-    for i, frame in enumerate(frames):
-        above = np.diff(frame, axis=0, prepend=np.zeros((1, width, 3), np.uint8)).reshape(height, -1)
-        rows = np.pad(above, ((0, 0), (1, 0)), constant_values=2)  # PNG's filter 2: differences to the row above
-        delay = struct.pack(">HHBB", 100, round(100 * fps), 0, 0)
-        control = chunk(b"fcTL", max(0, 2 * i - 1), width, height, 0, 0, delay)
-        pixels = zlib.compress(rows.tobytes(), 6)
-        data += [control] * (count > 1) + [chunk(b"fdAT", 2 * i, pixels) if i else chunk(b"IDAT", pixels)]
+    above = np.diff(frames, axis=1, prepend=np.uint8(0)).reshape(count, height, -1)
+    rows = np.pad(above, ((0, 0), (0, 0), (1, 0)), constant_values=2)  # PNG's filter 2: differences to the row above
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", "IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    if count > 1:
+        png += chunk(b"acTL", "II", count, 0)
+    for i, pixels in enumerate(zlib.compress(frame.tobytes(), 6) for frame in rows):
+        if count > 1:
+            png += chunk(b"fcTL", "IIIIIHHBB", max(0, 2 * i - 1), width, height, 0, 0, 100, round(100 * fps), 0, 0)
+        png += chunk(b"fdAT", "I", 2 * i, data=pixels) if i else chunk(b"IDAT", data=pixels)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_bytes(b"".join(data + [chunk(b"IEND")]))
+    Path(path).write_bytes(png + chunk(b"IEND"))
 
 
 # ------------------------------------------------------------------------------------------------ the toy world
@@ -275,17 +270,16 @@ MOTIONS = ("moves left", "moves right", "moves up", "moves down", "moves diagona
 BACKGROUNDS = {"black": ((.03, .03, .03),) * 2, "gray": ((.5, .5, .5),) * 2, "teal": ((0, .45, .45),) * 2,
                "brown": ((.4, .22, .08),) * 2, "sunset": ((.95, .5, .15), (.25, .08, .4))}  # (top, bottom) RGB
 PALETTE = torch.tensor(list(COLOURS.values())) * 2 - 1                                           # (6, 3)
-GROUNDS = torch.tensor(list(BACKGROUNDS.values())) * 2 - 1                                       # (5, 2, 3)
+GROUNDS = rearrange(torch.tensor(list(BACKGROUNDS.values())) * 2 - 1, "k end c -> end k c 1 1 1")
 ATTRIBUTES = {"colour": tuple(COLOURS), "shape": SHAPES, "motion": MOTIONS, "background": tuple(BACKGROUNDS)}
 HEADINGS = torch.tensor([[-1, 0], [1, 0], [0, -1], [0, 1], [.5 ** .5, -.5 ** .5], [-.5 ** .5, .5 ** .5]])  # (x, y down)
-COMBINATIONS = torch.tensor(list(itertools.product(*(range(len(v)) for v in ATTRIBUTES.values()))))  # (960, 4)
+COMBINATIONS = torch.cartesian_prod(*(torch.arange(len(names)) for names in ATTRIBUTES.values()))  # (960, 4)
 HELD_OUT = (COMBINATIONS @ torch.tensor([1, 3, 7, 2])) % 10 == 0  # 96 of them, which no stage trains on
 
 
 def caption(attributes):
     """Words of one clip's 4 attributes; -1 leaves one out."""
-    words = (names[i] if i >= 0 else "" for names, i in zip(ATTRIBUTES.values(), attributes))
-    colour, shape, motion, background = words
+    colour, shape, motion, background = (n[i] if i >= 0 else "" for n, i in zip(ATTRIBUTES.values(), attributes))
     words = ["a", colour, shape or "thing", motion, background and f"on a {background} background"]
     return " ".join(filter(None, words))
 
@@ -326,15 +320,12 @@ def render(attributes, seed=0, index=0, frames=17, size=(128, 128)):
     Returns video (n, 3, frames, height, width) in [-1, 1].
     """
     p, q = ((torch.arange(n) + .5) / n for n in size)
-    video = []
+    grounds, video = torch.lerp(*GROUNDS, p[:, None]), []                                        # (5, 3, 1, H, 1)
     for i, (colour, shape, motion, background) in enumerate(attributes.tolist()):
         r, path = track(shape, motion, np.random.default_rng((seed, index + i)), frames)
-        path = path[..., None, None]
-        x, y = q - path[:, 0], p[:, None] - path[:, 1]                                           # (F, 1, W), (F, H, 1)
+        x, y = q - path[:, 0, None, None], p[:, None] - path[:, 1, None, None]                   # (F, 1, W), (F, H, 1)
         inside = (.5 - size[0] * signed_distance(shape, x, y, r)).clamp(0, 1)                    # (F, H, W)
-        top, bottom = GROUNDS[background, :, :, None, None, None]
-        ground = torch.lerp(top, bottom, p[:, None])                                             # (3, 1, H, 1)
-        video.append(torch.lerp(ground, PALETTE[colour][:, None, None, None], inside))
+        video.append(torch.lerp(grounds[background], PALETTE[colour][:, None, None, None], inside))
     return torch.stack(video)
 
 
@@ -369,14 +360,13 @@ def look(clip):
     """One clip (3, F, H, W): its attributes, and its flicker, smoothness, constancy and sharpness (1 is best)."""
     size, coarse = clip.shape[-1], clip[..., ::2, ::2]               # a quarter of the pixels tells the colours
     p = (torch.arange(size) + .5) / size
-    border = (p - .5).abs() > .48
-    border = border | border[:, None]                                # an object covers less than a quarter of it
-    grounds = rearrange(torch.lerp(GROUNDS[:, :1], GROUNDS[:, 1:], p[:, None]), "k h c -> k c 1 h 1")
+    border = torch.maximum((p - .5).abs(), (p[:, None] - .5).abs()) > .48  # an object covers less than a quarter of it
+    grounds = torch.lerp(*GROUNDS, p[:, None])                                                  # (5, 3, 1, H, 1)
     off = clip[:, ::2, border] - grounds.expand(-1, -1, -1, -1, size)[..., border]              # (5, 3, F/2, border)
-    errors = reduce(off.abs(), "k c f p -> k (f p)", "mean")
+    errors = off.abs().mean(1).flatten(1)
     best = errors.mean(1).argmin().item()
     background = best if (errors[best] < .2).float().mean() > .7 else -1
-    ground = grounds[best] + rearrange(off[best], "c f p -> c (f p)").median(1).values[:, None, None, None]
+    ground = grounds[best] + off[best].flatten(1).median(1).values[:, None, None, None]
     nothing = torch.tensor([-1, -1, -1, background]), torch.zeros(4)
 
     away = clip - ground
@@ -393,8 +383,8 @@ def look(clip):
     path = torch.stack([matte.mean(1) @ p, matte.mean(2) @ p], 1) / size / area[:, None].clamp(min=1e-6)
     x, y = p - path[:, 0, None, None], p[:, None] - path[:, 1, None, None]
     radius = (area / AREAS[:, None]).sqrt()                                                     # (4, F)
-    outlines = [signed_distance(shape, x, y, r[:, None, None]) for shape, r in enumerate(radius)]
-    misses = torch.stack([((outline < 0) ^ (matte > .5)).float().mean((1, 2)) for outline in outlines])
+    outlines = torch.stack([signed_distance(shape, x, y, r[:, None, None]) for shape, r in enumerate(radius)])
+    misses = ((outlines < 0) ^ (matte > .5)).float().mean((2, 3))                               # (4, F)
     ious = (2 * area - misses) / (2 * area + misses).clamp(min=1e-6)  # the two areas are the same
     seen = ((area > .02) & (area < .3) & (ious.amax(0) > .5)).float()
     if seen.mean() < .75:
@@ -488,41 +478,36 @@ class VideoFolder:
         self.cfg, folder = cfg, Path(cfg.data)
         if not folder.is_dir():
             raise Abort(f"--data {folder} is no folder: give one with NAME.mp4 and NAME.txt, or leave it synthetic")
-        self.files = sorted(f for f in folder.iterdir() if f.suffix.lower() in VIDEOS + IMAGES)
-        if not self.files:
+        videos, images = (sorted(f for f in folder.iterdir() if f.suffix.lower() in kind) for kind in (VIDEOS, IMAGES))
+        if not videos + images:
             raise Abort(f"--data {folder} holds no {', '.join(VIDEOS + IMAGES)} file")
-        for f in self.files:
+        for f in videos + images:
             if not f.with_suffix(".txt").exists():
                 raise Abort(f"{f} has no caption: write one into {f.with_suffix('.txt').name} beside it")
         try:
             import av
         except ImportError:
             raise Abort("reading videos needs PyAV: pip install av") from None
-        videos = [f for f in self.files if f.suffix.lower() in VIDEOS]
-        images = [f for f in self.files if f.suffix.lower() in IMAGES]
-        self.items = [*itertools.product(range(self.STARTS), videos), *itertools.product([0], images)]
+        self.items = [(start, f) for start in range(self.STARTS) for f in videos] + [(0, f) for f in images]
         n = self.STARTS * len(videos)
-        self.kinds = {"clips": range(n), "images": range(n, len(self.items))}
-        self.kinds = {kind: indices for kind, indices in self.kinds.items() if indices}
-        self.read = lru_cache(256)(self.read)
-
-    def video(self, i):
-        start, path = self.items[i]
-        return self.read(path, start)
+        kinds = ("clips", range(n)), ("images", range(n, len(self.items)))
+        self.kinds = {kind: indices for kind, indices in kinds if indices}
+        self.video = lru_cache(256)(self.video)
 
     def caption(self, i):
         return " ".join(self.items[i][1].with_suffix(".txt").read_text().lower().split())
 
-    def read(self, path, start):
-        """Decode the clip at a start -> (3, F, H, W) in [-1, 1]: the frames nearest in time, cropped in the middle."""
+    def video(self, i):
+        """Clip i (3, F, H, W) in [-1, 1]: the frames nearest in time, cropped in the middle."""
         import av
-        cfg, still = self.cfg, path.suffix.lower() in IMAGES
+        cfg, (start, path) = self.cfg, self.items[i]
+        still = path.suffix.lower() in IMAGES
         count = 1 if still else cfg.frames
         try:
             with av.open(str(path)) as container:
                 stream = container.streams.video[0]
                 stream.thread_type = "AUTO"
-                seconds = 0 if still else float((stream.duration or 0) * stream.time_base)
+                seconds, late = (float((n or 0) * stream.time_base) for n in (stream.duration, stream.start_time))
                 wanted = np.arange(count) / cfg.fps
                 shortest = 1 / float(stream.average_rate or cfg.fps)
                 room = seconds - wanted[-1] - max(shortest, 1 / cfg.fps)
@@ -530,8 +515,8 @@ class VideoFolder:
                     raise Abort(f"{path} lasts {seconds:.2f} s, a clip of {count} frames at {cfg.fps:g} per second "
                                 f"{count / cfg.fps:.2f} s: remove it, or lower --frames or raise --fps")
                 wanted = wanted + room * start / (self.STARTS - 1)
-                frames, late = [], float((stream.start_time or 0) * (stream.time_base or 0))
-                container.seek(0 if still else int(wanted[0] / stream.time_base), stream=stream)
+                container.seek(int(wanted[0] / stream.time_base), stream=stream)
+                frames = []
                 for frame in container.decode(stream):
                     while len(frames) < count and (still or frame.time - late >= wanted[len(frames)] - shortest / 2):
                         frames.append(frame.to_ndarray(format="rgb24"))
@@ -542,10 +527,11 @@ class VideoFolder:
         if len(frames) < count:
             raise Abort(f"{path} ends after {len(frames)} of {count} frames: remove it or encode it again")
         video = rearrange(torch.from_numpy(np.stack(frames)), "f h w c -> f c h w").float() / 127.5 - 1
-        (height, width), scale = cfg.size, max(cfg.size[0] / video.shape[2], cfg.size[1] / video.shape[3])
-        scaled = [max(side, round(n * scale)) for side, n in zip(cfg.size, video.shape[2:])]
-        top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
-        video = F.interpolate(video, scaled, mode="bilinear", antialias=True)[..., top:top + height, left:left + width]
+        scale = max(side / n for side, n in zip(cfg.size, video.shape[2:]))
+        scaled = [round(n * scale) for n in video.shape[2:]]
+        video = F.interpolate(video, scaled, mode="bilinear", antialias=True)
+        for dim, side in enumerate(cfg.size, 2):
+            video = video.narrow(dim, (video.shape[dim] - side) // 2, side)
         return rearrange(video, "f c h w -> c f h w").contiguous()
 
 
@@ -579,19 +565,6 @@ class VAEConfig(DataConfig):
     light: bool = flag(True, "Ours: (1,3,3) + (3,1,1) kernels, and shortcuts round the samplers as in LTX 0.9.5")
 
 
-def layout(cfg):
-    """Patch size, strides of the stages, and (widths, encoder blocks, decoder blocks) per stage, for cfg.ratio."""
-    if cfg.ratio not in RATIOS:
-        raise Abort(f"--ratio {cfg.ratio}: choose from {', '.join(RATIOS)}")
-    time, space = RATIOS[cfg.ratio]
-    patch = cfg.patch or space // time
-    halve_t, halve_s = int(math.log2(time)), int(math.log2(space // patch))
-    stages = max(halve_t, halve_s)
-    strides = [tuple(2 if i >= stages - n else 1 for n in (halve_t, halve_s, halve_s)) for i in range(stages)]
-    sizes = cfg.widths, cfg.encoder_blocks, cfg.decoder_blocks
-    return patch, strides, [per_stage[:stages] + per_stage[-1:] for per_stage in sizes]
-
-
 def pixel_norm(x):
     return x * (x.square().mean(1, keepdim=True) + 1e-8).rsqrt()
 
@@ -600,9 +573,8 @@ class CausalConv3d(nn.Conv3d):
     """Repeats the first frame before the clip; with causal=False, as in LTX's decoder, both ends alike."""
 
     def __init__(self, c_in, c_out, kernel=3, stride=1, causal=True):
-        kernel = (kernel,) * 3 if isinstance(kernel, int) else kernel
-        super().__init__(c_in, c_out, kernel, stride, padding=(0, kernel[1] // 2, kernel[2] // 2))
-        self.causal = causal
+        super().__init__(c_in, c_out, kernel, stride)
+        self.causal, self.padding = causal, (0, *(k // 2 for k in self.kernel_size[1:]))
 
     def forward(self, x):
         extra = self.kernel_size[0] - 1
@@ -669,20 +641,26 @@ class VAE(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg = cfg
-        self.patch, strides, (widths, down_blocks, up_blocks) = layout(cfg)
-        self.compression = RATIOS[cfg.ratio]
-        kernel, c, light = 1 if cfg.light else 3, cfg.latent_channels, cfg.light
+        if cfg.ratio not in RATIOS:
+            raise Abort(f"--ratio {cfg.ratio}: choose from {', '.join(RATIOS)}")
+        self.cfg, self.compression = cfg, RATIOS[cfg.ratio]
+        kernel, c, light, (time, space) = 1 if cfg.light else 3, cfg.latent_channels, cfg.light, self.compression
+        self.patch = cfg.patch or space // time
+        halve_t, halve_s = int(math.log2(time)), int(math.log2(space // self.patch))
+        stages = max(halve_t, halve_s)
+        strides = [tuple(2 if i >= stages - n else 1 for n in (halve_t, halve_s, halve_s)) for i in range(stages)]
+        widths, down_blocks, up_blocks = (per_stage[:stages] + per_stage[-1:] for per_stage in
+                                          (cfg.widths, cfg.encoder_blocks, cfg.decoder_blocks))
 
         def blocks(width, count, causal):
             return [ResBlock(width, width, light, causal) for _ in range(count)]
 
         self.encoder_in = CausalConv3d(3 * self.patch ** 2, widths[0], kernel)
         encoder, decoder = [], blocks(widths[-1], up_blocks[-1], False)
-        for i, stride in enumerate(strides):
-            encoder += blocks(widths[i], down_blocks[i], True) + [Down(widths[i], widths[i + 1], stride, light)]
-        for i, stride in reversed(list(enumerate(strides))):
-            decoder += [Up(widths[i + 1], widths[i], stride, light)] + blocks(widths[i], up_blocks[i], False)
+        for i in range(stages):
+            encoder += blocks(widths[i], down_blocks[i], True) + [Down(widths[i], widths[i + 1], strides[i], light)]
+        for i in reversed(range(stages)):
+            decoder += [Up(widths[i + 1], widths[i], strides[i], light)] + blocks(widths[i], up_blocks[i], False)
         self.encoder = nn.Sequential(*encoder, *blocks(widths[-1], down_blocks[-1], True))
         self.encoder_out = CausalConv3d(widths[-1], c + 1, kernel)  # the latents' mean, and one shared log-variance
         self.decoder_in = CausalConv3d(c, widths[-1], kernel, causal=False)
@@ -707,9 +685,6 @@ class VAE(nn.Module):
         return rearrange(video, "b c f (h p) (w q) -> b (c q p) f h w", p=self.patch, q=self.patch).contiguous(
             memory_format=torch.channels_last_3d)
 
-    def to_video(self, patches):
-        return rearrange(patches, "b (c q p) f h w -> b c f (h p) (w q)", p=self.patch, q=self.patch)
-
     def posterior(self, patches):
         """Patches of a video -> its latents' mean (B, C, f, h, w), log-variance (B, 1, f, h, w), not normalised."""
         x = self.encoder_out(F.silu(pixel_norm(self.encoder(self.encoder_in(patches)))))
@@ -727,7 +702,41 @@ class VAE(nn.Module):
 
     def decode(self, latents):
         """latents (B, C, f, h, w) -> video (B, 3, F, H, W), about [-1, 1]."""
-        return self.to_video(self.reconstruct(latents * self.std + self.mean))
+        patches = self.reconstruct(latents * self.std + self.mean)
+        return rearrange(patches, "b (c q p) f h w -> b c f (h p) (w q)", p=self.patch, q=self.patch)
+
+    def forward(self, video, cfg):
+        """video (B, 3, F, H, W), weights in cfg -> loss: reconstruction + KL + latent consistency; mean squared error.
+
+        Ours: the paper's losses are in a supplement that is not public. Its authors' VAE paper [48] finds that GAN,
+        LPIPS and wavelet losses bring nothing at scale, and that a reconstruction, encoded again, should land on its
+        own latents. Some find [Skorokhodov et al., arXiv 2502.14831] that latents are easier to generate if, at half
+        their size, they stand for the clip at half its size: then they change smoothly with what they show.
+        """
+        mean, logvar = self.posterior(self.to_patches(video))
+        z = mean + (logvar / 2).exp() * torch.randn_like(mean)
+        output = self.reconstruct(z)
+        loss, error = self.distance(output, video)
+        loss = loss + cfg.kl_weight * .5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        if cfg.scale_weight and z.requires_grad and not any(n % 2 for n in z.shape[3:]):
+            half = self.reconstruct(F.avg_pool3d(z, (1, 2, 2)))
+            loss = loss + cfg.scale_weight * self.distance(half, F.avg_pool3d(video, (1, 2, 2)))[0]
+        if cfg.consistency_weight:
+            again = self.posterior(output)[0]
+            loss = loss + cfg.consistency_weight * (again - mean.detach()).square().mean()
+        return loss, error.detach()
+
+    def distance(self, output, video):
+        """Patches of a reconstruction, and its video -> weighted L1 + 5 MSE, and the plain mean squared error.
+
+        Ours: patches on or beside what differs from its row's median colour count five times. Most of a clip is
+        background that is easy; on the toy this is worth 2 dB and is what makes outlines sharp.
+        """
+        pixels = video[..., ::self.patch // 2, ::self.patch // 2]
+        far = (pixels - pixels.median(-1, keepdim=True).values.median(2, keepdim=True).values).abs().amax(1) > .2
+        weight = 1 + 4 * F.max_pool2d(far.float(), 6, 2, 2)[:, None]                             # (B, 1, F, h, w)
+        error = output - self.to_patches(video)
+        return (weight * (error.abs() + 5 * error.square())).mean(), error.square().mean()
 
     @torch.no_grad()
     def measure_latents(self, clips, count):
@@ -763,82 +772,39 @@ PRESETS = {"toy": {}, "paper": dict(  # LTX's own sizes: 419,193,649 parameters
     kl_weight=1e-4, scale_weight=0., consistency_weight=.1, workers=8, save_every=1000)}
 
 
-class Trainer(nn.Module):
-    """The VAE with its loss: reconstruction + KL + latent consistency.
-
-    Ours: the paper's losses are in a supplement that is not public. Its authors' VAE paper [48] finds that GAN, LPIPS
-    and wavelet losses bring nothing at scale, and that a reconstruction, encoded again, should land on its latents.
-    Some find [Skorokhodov et al., arXiv 2502.14831] that latents are easier to generate if, at half their size, they
-    stand for the clip at half its size: then they change smoothly with what they show.
-    """
-
-    def __init__(self, vae, cfg):
-        super().__init__()
-        self.vae, self.cfg = vae, cfg
-
-    def forward(self, video):
-        """video (B, 3, F, H, W) -> loss, and the mean squared error."""
-        mean, logvar = self.vae.posterior(self.vae.to_patches(video))
-        z = mean + (logvar / 2).exp() * torch.randn_like(mean)
-        output = self.vae.reconstruct(z)
-        loss, error = self.distance(output, video)
-        loss = loss + self.cfg.kl_weight * .5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        if self.cfg.scale_weight and z.requires_grad and not any(n % 2 for n in z.shape[3:]):
-            half = self.vae.reconstruct(F.avg_pool3d(z, (1, 2, 2)))
-            loss = loss + self.cfg.scale_weight * self.distance(half, F.avg_pool3d(video, (1, 2, 2)))[0]
-        if self.cfg.consistency_weight:
-            again = self.vae.posterior(output)[0]
-            loss = loss + self.cfg.consistency_weight * (again - mean.detach()).square().mean()
-        return loss, error.detach()
-
-    def distance(self, output, video):
-        """Patches of a reconstruction, and its video -> weighted L1 + 5 MSE, and the plain mean squared error."""
-        error = output - self.vae.to_patches(video)
-        weighted = detail_weight(video, self.vae.patch) * (error.abs() + 5 * error.square())
-        return weighted.mean(), error.square().mean()
+def draw(sizes, count, key):
+    """Which of the kinds of clips, of these sizes, and which `count` of its clips: the same for the same key."""
+    rng = np.random.default_rng(key)
+    kind = rng.choice(len(sizes), p=np.divide(sizes, sum(sizes)))  # videos and images do not share a batch
+    return kind, rng.integers(sizes[kind], size=count)
 
 
-def detail_weight(video, patch):
-    """Ours: patches on or beside what differs from its row's median colour count five times. -> (B, 1, F, h, w)
-
-    Most of a clip is background that is easy; on the toy this is worth 2 dB and is what makes outlines sharp.
-    """
-    pixels = video[..., ::patch // 2, ::patch // 2]
-    far = (pixels - pixels.median(-1, keepdim=True).values.median(2, keepdim=True).values).abs().amax(1) > .2
-    return 1 + 4 * F.max_pool2d(far.float(), 6, 2, 2)[:, None]
-
-
-class Batches(torch.utils.data.Dataset):
-    """Item `step` is a training batch, the same in every run: it depends on (seed, step, rank) alone."""
-
-    def __init__(self, clips, cfg, rank):
-        self.clips, self.cfg, self.rank = clips, cfg, rank
-
-    def __getitem__(self, step):
-        rng, cfg = np.random.default_rng((self.cfg.seed, step, self.rank)), self.cfg
-        kinds, sizes = zip(*((kind, len(indices)) for kind, indices in self.clips.kinds.items()))
-        kind = rng.choice(kinds, p=np.divide(sizes, sum(sizes)))  # videos and images do not share a batch
-        indices = self.clips.kinds[kind]
-        return torch.stack([self.clips.video(indices[j]) for j in rng.integers(len(indices), size=cfg.batch_size)])
-
-
-def psnr(a, b):
-    """Peak signal-to-noise ratio in dB between clips (B, 3, F, H, W) in [-1, 1], one figure a clip (B,)."""
-    return 10 * (4 / (a.clamp(-1, 1) - b).square().mean((1, 2, 3, 4))).log10()
+def training_batch(clips, cfg, rank, step):
+    """Clips (B, 3, F, H, W), the same in every run: they depend on (seed, step, rank) alone."""
+    kinds = list(clips.kinds.values())
+    kind, rows = draw([len(indices) for indices in kinds], cfg.batch_size, (cfg.seed, step, rank))
+    return torch.stack([clips.video(kinds[kind][row]) for row in rows])
 
 
 @torch.no_grad()
-def evaluate(vae, cfg, device):
+def reconstruct_clips(vae, clips, indices):
+    """Clips (n, 3, F, H, W) and what the VAE makes of them, on the CPU."""
+    video = torch.stack([clips.video(i) for i in indices])
+    again = [vae.decode(vae.encode(clip[None].to(vae.mean.device))).clamp(-1, 1).cpu() for clip in video]
+    return video, torch.cat(again)
+
+
+def evaluate(vae, cfg):
     """Figures of reconstructed clips, unseen ones if synthetic, and a film of inputs above reconstructions."""
     clips = open_clips(cfg, "full")
     indices = next(iter(clips.kinds.values()))[:48]
-    video = torch.stack([clips.video(i) for i in indices])
-    output = torch.cat([vae.decode(vae.encode(v.to(device))).cpu() for v in video.split(4)]).clamp(-1, 1)
+    video, output = reconstruct_clips(vae, clips, indices)
     c, f, h, w = vae.latent_shape(*video.shape[2:])
     scale = (c / 3) ** .5  # the baseline: averages over boxes, as many numbers as the latents have
     boxes = F.interpolate(F.adaptive_avg_pool3d(video, (f, round(h * scale), round(w * scale))), video.shape[2:],
                           mode="trilinear")
-    figures = dict(psnr=psnr(output, video).mean().item(), psnr_boxes=psnr(boxes, video).mean().item())
+    psnr = lambda clips: (10 * (4 / (clips - video).square().mean((1, 2, 3, 4))).log10()).mean().item()
+    figures = dict(psnr=psnr(output), psnr_boxes=psnr(boxes))
     if cfg.data == "synthetic":
         shown = torch.stack([clips.attributes(i)[0] for i in indices])
         for name, clip in dict(readable=output, readable_boxes=boxes, readable_true=video).items():
@@ -851,42 +817,37 @@ def main(cfg):
     began, (device, rank, world) = time.time(), setup(cfg.seed)
     path = Path(cfg.out) / "vae.pt"
     with torch.device("meta" if cfg.dry_run else device):
-        trainer = Trainer(VAE(cfg), cfg)
-    vae = trainer.vae.to(memory_format=torch.channels_last_3d)
+        vae = VAE(cfg).to(memory_format=torch.channels_last_3d)
     shape = vae.latent_shape(cfg.frames, *cfg.size)
-    print0(f"vae: {cfg.ratio}, latents {shape} of {cfg.data} clips {cfg.frames, *cfg.size}, "
-           f"{world} x {device.type}")
+    print0(f"vae: {cfg.ratio}, latents {shape} of {cfg.data} clips {cfg.frames, *cfg.size}, {world} x {device.type}")
     if cfg.dry_run:
         video, latents = (torch.empty(n, *s, device="meta") for n, s in
                           ((cfg.batch_size, (3, cfg.frames, *cfg.size)), (1, shape)))
-        return dry_run("VAE", vae, lambda: trainer(video)[0], lambda: vae.decode(latents))
+        return dry_run("VAE", vae, lambda: vae(video, cfg)[0], lambda: vae.decode(latents))
     optimizers = make_optimizers(vae, cfg.lr, cfg.muon_lr)
     start = resume(path, cfg, {"model": vae}, optimizers) if cfg.resume else 0
-    loader = torch.utils.data.DataLoader(Batches(open_clips(cfg), cfg, rank), None, sampler=range(start, cfg.steps),
-                                         num_workers=cfg.workers, generator=torch.Generator())
-    model = parallel(trainer, world)
-
-    def checkpoint(step):
-        save(path, stage="vae", step=step, config=asdict(cfg), model=vae.state_dict(), rng=torch.get_rng_state(),
-             optimizer=[optimizer.state_dict() for optimizer in optimizers])
-
+    clips, model = open_clips(cfg), parallel(vae, world)
+    loader = torch.utils.data.DataLoader(range(start, cfg.steps), None, num_workers=cfg.workers,
+                                         collate_fn=partial(training_batch, clips, cfg, rank),
+                                         generator=torch.Generator())  # its own, so that workers change no noise
     for step, video in zip(progress(start, cfg.steps), loader):
         if vae.encoder_out.weight.requires_grad and cfg.steps - step <= cfg.decoder_share * cfg.steps:
             for part in vae.encoder_in, vae.encoder, vae.encoder_out:
                 part.requires_grad_(False)
-            model = parallel(trainer, world)
-        loss, error = model(video.to(device))
+            model = parallel(vae, world)
+        loss, error = model(video.to(device), cfg)
         update(loss, optimizers, step, cfg, path)
         if (step + 1) % cfg.log_every == 0:
             print0(f"step {step + 1}/{cfg.steps}  loss {loss:.4f}  psnr {10 * (4 / error).log10():.2f} dB  "
                    f"{(time.time() - began) / 60:.1f} min")
-        if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps and rank == 0:
-            checkpoint(step + 1)
-    vae.measure_latents(open_clips(cfg), 256)
-    figures, film = evaluate(vae, cfg, device)
+        if step + 1 == cfg.steps:
+            vae.measure_latents(clips, 256)
+        if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
+            save(path, stage="vae", step=step + 1, config=asdict(cfg), model=vae.state_dict(),
+                 rng=torch.get_rng_state(), optimizer=[optimizer.state_dict() for optimizer in optimizers])
+    figures, film = evaluate(vae, cfg)
     if rank == 0:
         write_png(path.with_suffix(".png"), film, cfg.fps)
-        checkpoint(cfg.steps)
     return summary("VAE", figures, began, f"look at {path.with_suffix('.png')}, then python dit.py")
 
 
