@@ -247,11 +247,8 @@ def sample(model, noise, text_emb, text_mask, times, guidance_scale=1.):
 # ------------------------------------------------------------------------------------------------ the latent cache
 def fingerprint(vae):
     """Names the latent space of a VAE: latents of one space mean nothing to a model of another."""
-    digest = hashlib.sha256()
-    for name, value in vae.state_dict().items():
-        if name.startswith(("encoder", "mean", "std")):
-            digest.update(value.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    values = (v for name, v in vae.state_dict().items() if name.startswith(("encoder", "mean", "std")))
+    return hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in values)).hexdigest()[:16]
 
 
 def load_vae(folder, device="cpu", name=None):
@@ -303,7 +300,7 @@ def encode_clips(cfg, vae, encode_text, rank, world, device):
 
 def draw_batch(cache, batch_size, key, device):
     """x0 (B, C, f, h, w), text_emb (B, L, E) and text_mask (B, L), the same for the same key (seed, step, rank)."""
-    kind, rows = draw([len(latents) for latents, _, _ in cache], batch_size, key)
+    kind, rows = draw([latents for latents, _, _ in cache], batch_size, key)
     return [torch.from_numpy(array[rows]).float().to(device) for array in cache[kind]]
 
 

@@ -502,34 +502,33 @@ class VideoFolder:
         import av
         cfg, (start, path) = self.cfg, self.items[i]
         still = path.suffix.lower() in IMAGES
-        count = 1 if still else cfg.frames
+        wanted = np.arange(1 if still else cfg.frames) / cfg.fps  # seconds
         try:
             with av.open(str(path)) as container:
                 stream = container.streams.video[0]
                 stream.thread_type = "AUTO"
                 seconds, late = (float((n or 0) * stream.time_base) for n in (stream.duration, stream.start_time))
-                wanted = np.arange(count) / cfg.fps
                 shortest = 1 / float(stream.average_rate or cfg.fps)
                 room = seconds - wanted[-1] - max(shortest, 1 / cfg.fps)
                 if not still and room < 0:
-                    raise Abort(f"{path} lasts {seconds:.2f} s, a clip of {count} frames at {cfg.fps:g} per second "
-                                f"{count / cfg.fps:.2f} s: remove it, or lower --frames or raise --fps")
+                    raise Abort(f"{path} lasts {seconds:.2f} s, a clip of {cfg.frames} frames at {cfg.fps:g} per "
+                                f"second {cfg.frames / cfg.fps:.2f} s: remove it, or lower --frames or raise --fps")
                 wanted = wanted + room * start / (self.STARTS - 1)
                 container.seek(int(wanted[0] / stream.time_base), stream=stream)
-                frames = []
-                for frame in container.decode(stream):
-                    while len(frames) < count and (still or frame.time - late >= wanted[len(frames)] - shortest / 2):
-                        frames.append(frame.to_ndarray(format="rgb24"))
-                    if len(frames) == count:
-                        break
+                decoded, frames = container.decode(stream), []
+                frame = next(decoded)
+                for moment in wanted:
+                    while not still and frame.time - late < moment - shortest / 2:
+                        frame = next(decoded)
+                    frames.append(frame.to_ndarray(format="rgb24"))
         except (av.error.FFmpegError, IndexError) as error:
             raise Abort(f"{path} cannot be decoded ({error}): remove it or encode it again") from None
-        if len(frames) < count:
-            raise Abort(f"{path} ends after {len(frames)} of {count} frames: remove it or encode it again")
+        except StopIteration:
+            raise Abort(f"{path} ends after {len(frames)} of {len(wanted)} frames: remove it or encode it again"
+                        ) from None
         video = rearrange(torch.from_numpy(np.stack(frames)), "f h w c -> f c h w").float() / 127.5 - 1
         scale = max(side / n for side, n in zip(cfg.size, video.shape[2:]))
-        scaled = [round(n * scale) for n in video.shape[2:]]
-        video = F.interpolate(video, scaled, mode="bilinear", antialias=True)
+        video = F.interpolate(video, [round(n * scale) for n in video.shape[2:]], mode="bilinear", antialias=True)
         for dim, side in enumerate(cfg.size, 2):
             video = video.narrow(dim, (video.shape[dim] - side) // 2, side)
         return rearrange(video, "f c h w -> c f h w").contiguous()
@@ -537,14 +536,15 @@ class VideoFolder:
 
 def words(cfg):
     """All words of the captions."""
-    if cfg.data == "synthetic":
-        return sorted(set(" ".join([caption(c) for c in COMBINATIONS.tolist()]).split()) | {"thing"})
-    clips = open_clips(cfg)
-    return sorted({word for i in range(len(clips.items)) for word in clips.caption(i).split()})
+    captions = ["a thing", *map(caption, COMBINATIONS.tolist())]
+    if cfg.data != "synthetic":
+        clips = open_clips(cfg)
+        captions = [clips.caption(i) for i in range(len(clips.items))]
+    return sorted(set(" ".join(captions).split()))
 
 
 def open_clips(cfg, split="train"):
-    """The clips of cfg.data: indexable, clip i is (video (3, F, H, W), caption)."""
+    """The clips of cfg.data: clip i is video(i) (3, F, H, W) and caption(i); kinds has the ranges of i."""
     return SyntheticClips(cfg, split) if cfg.data == "synthetic" else VideoFolder(cfg)
 
 
@@ -772,17 +772,17 @@ PRESETS = {"toy": {}, "paper": dict(  # LTX's own sizes: 419,193,649 parameters
     kl_weight=1e-4, scale_weight=0., consistency_weight=.1, workers=8, save_every=1000)}
 
 
-def draw(sizes, count, key):
-    """Which of the kinds of clips, of these sizes, and which `count` of its clips: the same for the same key."""
-    rng = np.random.default_rng(key)
-    kind = rng.choice(len(sizes), p=np.divide(sizes, sum(sizes)))  # videos and images do not share a batch
+def draw(kinds, count, key):
+    """Number of one of the kinds of clips, and of `count` clips of that kind: the same for the same key."""
+    rng, sizes = np.random.default_rng(key), [len(clips) for clips in kinds]
+    kind = rng.choice(len(kinds), p=np.divide(sizes, sum(sizes)))  # videos and images do not share a batch
     return kind, rng.integers(sizes[kind], size=count)
 
 
 def training_batch(clips, cfg, rank, step):
     """Clips (B, 3, F, H, W), the same in every run: they depend on (seed, step, rank) alone."""
     kinds = list(clips.kinds.values())
-    kind, rows = draw([len(indices) for indices in kinds], cfg.batch_size, (cfg.seed, step, rank))
+    kind, rows = draw(kinds, cfg.batch_size, (cfg.seed, step, rank))
     return torch.stack([clips.video(kinds[kind][row]) for row in rows])
 
 
