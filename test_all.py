@@ -362,7 +362,7 @@ def gray_film(path, fps, height, width):
 
 def test_video_folder(folder):
     gray_film(folder / "a.mp4", 16, 48, 64)
-    gray_film(folder / "b.mp4", 8, 32, 96)
+    gray_film(folder / "b.mkv", 8, 32, 96)
     image = vae.render(COMBINATIONS[:1], frames=1, size=(32, 32))[0]
     vae.write_png(folder / "c.png", image)
     (folder / "c.txt").write_text("a picture")
@@ -382,7 +382,7 @@ def test_video_folder(folder):
     aborts("lasts 2.50 s", lambda: vae.open_clips(replace(cfg, frames=25)).video(0))
     fast = vae.open_clips(replace(cfg, fps=24.))                         # more frames than there are
     assert all(fast.video(i).shape == (3, 9, 32, 32) for i in range(16)) and not wrong, "\n".join(wrong)
-    (folder / "a.mp4").write_bytes((folder / "b.mp4").read_bytes()[:300])
+    (folder / "a.mp4").write_bytes((folder / "b.mkv").read_bytes()[:300])
     aborts("a.mp4 cannot be decoded", lambda: vae.open_clips(cfg).video(0))
     (folder / "c.txt").unlink()
     aborts("has no caption", vae.open_clips, cfg)

@@ -507,7 +507,8 @@ class VideoFolder:
             with av.open(str(path)) as container:
                 stream = container.streams.video[0]
                 stream.thread_type = "AUTO"
-                seconds, late = (float((n or 0) * stream.time_base) for n in (stream.duration, stream.start_time))
+                late, seconds = (float((n or 0) * stream.time_base) for n in (stream.start_time, stream.duration))
+                seconds = seconds or (container.duration or 0) / av.time_base  # .mkv and .webm say it only here
                 shortest = 1 / float(stream.average_rate or cfg.fps)
                 room = seconds - wanted[-1] - max(shortest, 1 / cfg.fps)
                 if not still and room < 0:
