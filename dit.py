@@ -317,7 +317,7 @@ class GeneratorConfig(DiTConfig, DataConfig):
     num_clips: int = flag(4000, "clips that are encoded and trained on, at most")
     text_length: int = flag(12, "words of a caption, the rest is cut off")
     num_steps: int = flag(40, "denoising steps of a sample")
-    guidance_scale: float = flag(3., "classifier-free guidance of the 40-step recipe")
+    guidance_scale: float = flag(2., "classifier-free guidance of the 40-step recipe")
     shift: float = flag(6., "Ours: above 1, more of the sampling steps go near noise [6]")
     timestep_mean: float = flag(2., "Ours: t is, in training, the sigmoid of a normal variable [6] of this mean")
     timestep_std: float = flag(1.2, "and of this standard deviation")
@@ -369,7 +369,7 @@ def load_dit(path, stage=None, device="cpu", data=""):
     """The averaged model of dit.py's checkpoint or a later stage's, and what it is and makes, by name."""
     checkpoint = load(path, stage)
     if "generator" not in checkpoint:
-        raise Abort(f"{path} was made by {checkpoint['stage']}.py and is no generator")
+        raise Abort(f"{path} was made by vae.py and is no generator")
     about = SimpleNamespace(**checkpoint["generator"] | {"out": str(Path(path).parent)})
     about.data = data or about.data
     model = build(about)

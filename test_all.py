@@ -226,6 +226,7 @@ def test_command_line_says_what_is_wrong(folder):
             ("100x128", vae, "--size 100,128"), ("19 frames", vae, "--frames 19 --ratio 4x16x16"),
             ("is no folder", vae, f"--data {folder}/none"), ("holds no", vae, f"--data {folder}"),
             ("python vae.py first", dit, ""), ("is missing", vae, "--resume"), ("python dit.py first", sample, ""),
+            ("python prune.py first", sample, f"--checkpoint {folder}/pruned.pt"),
             ("whole checkpoint", dit, f"--out {folder}/broken"), ("gif", sample, "--format gif"),
             ("whole checkpoint", sample, f"--checkpoint {folder}/broken/vae.pt"),
             ("made by vae.py", sample, f"--checkpoint {trained()}/vae.pt"),
@@ -688,7 +689,7 @@ def test_sample_writes_what_is_asked_for(folder):
     for flags in (["--prompts", f"{folder}/prompts.txt", "--format", "npy"], ["--prompts", f"{folder}/prompts.txt"],
                   ["--prompt", "a red circle moves left"], ["--format", "npy"]):
         _, out, error = command(sample, "--checkpoint", f"{trained()}/dit.pt", "--out", str(folder), *flags)
-        assert "3 steps, guidance 3" in out and out.splitlines()[-2].startswith("SAMPLE "), out + error
+        assert "3 steps, guidance 2" in out and out.splitlines()[-2].startswith("SAMPLE "), out + error
     films = [np.load(folder / f"000{i}.npy") for i in (0, 1)]
     assert films[0].shape == (9, 32, 32, 3) and films[0].dtype == np.uint8 and not np.array_equal(*films)
     for name, film in {"0000.png": films[0], "0001.png": films[1], "sample.png": films[0]}.items():

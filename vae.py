@@ -208,9 +208,14 @@ def save(path, **checkpoint):
         part.unlink(missing_ok=True)
 
 
+def script_of(checkpoint):
+    """The script that makes out/CHECKPOINT.pt."""
+    return {"pruned": "prune", "distilled": "distill"}.get(checkpoint, checkpoint) + ".py"
+
+
 def load(path, stage=None, finished=True):
     """Read a checkpoint, weights and plain values only; of the named stage, and of a finished run, if asked to."""
-    script = f"{stage or Path(path).stem}.py"
+    script = script_of(stage or Path(path).stem)
     if not Path(path).exists():
         raise Abort(f"{path} is missing: run python {script} first, or say where it is with --out")
     try:
@@ -219,7 +224,7 @@ def load(path, stage=None, finished=True):
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
         raise Abort(f"{path} is not a whole checkpoint of ours: remove it and run python {script} again") from None
     if stage and made_by != stage:
-        raise Abort(f"{path} was made by {made_by}.py, not by {script}")
+        raise Abort(f"{path} was made by {script_of(made_by)}, not by {script}")
     if finished and step < steps:
         raise Abort(f"{path} stopped at step {step} of {steps}: finish it with python {script} --resume")
     return checkpoint
