@@ -441,6 +441,33 @@ def test_vae_is_ltx():
     close(ours.decode(posterior.mean), theirs.decode(posterior.mean).sample)
 
 
+def test_vae_loss_is_the_sum_of_what_it_says():
+    model, video, none = vae.VAE(TINY_VAE), torch.rand(2, 3, 9, 64, 64) * 2 - 1, dict(kl_weight=0., scale_weight=0.)
+
+    def loss(**weights):
+        torch.manual_seed(0)
+        return model(video, replace(TINY_VAE, **none | weights))[0]
+
+    mean, logvar = model.posterior(model.to_patches(video))
+    kl = torch.distributions.kl_divergence(torch.distributions.Normal(mean, (logvar / 2).exp()),
+                                           torch.distributions.Normal(0., 1.)).mean()
+    close(loss(kl_weight=3.) - loss(), 3 * kl, 1e-4)
+    torch.manual_seed(0)
+    z, corners = mean + (logvar / 2).exp() * torch.randn_like(mean), [slice(0, None, 2), slice(1, None, 2)]
+    half = lambda x: sum(x[..., i, j] for i, j in itertools.product(corners, corners)) / 4
+    close(loss(scale_weight=2.) - loss(), 2 * model.distance(model.reconstruct(half(z)), half(video))[0], 1e-4)
+    again = model.posterior(model.reconstruct(z))[0]
+    close(loss(consistency_weight=2.) - loss(), 2 * (again - mean).square().mean(), 1e-4)
+
+
+def test_the_decoder_trains_alone_at_the_end(folder):
+    kept, changed = [], lambda a, b, part: {not torch.equal(a[k], b[k]) for k in a if k.startswith(part + ".")}
+    with patch.object(vae, "save", lambda *_, model, **__: kept.append({k: v.clone() for k, v in model.items()})):
+        vae.main(replace(TINY_VAE, out=str(folder), save_every=1, decoder_share=.5))
+    for i, (before, after) in enumerate(itertools.pairwise(kept)):       # after steps 1 to 4
+        assert True in changed(before, after, "decoder") and (True in changed(before, after, "encoder")) == (i < 1), i
+
+
 @torch.no_grad()
 def test_latents_are_normalised():
     model, clips = vae.VAE(TINY_VAE), vae.open_clips(TINY_VAE)
