@@ -469,15 +469,15 @@ def main(cfg):
             print0(f"step {step + 1}/{cfg.steps}  loss {np.mean(losses):.4f}  {(time.time() - began) / 60:.1f} min")
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
             save_dit(path, step + 1, cfg, about, model, ema, optimizers)
-            captions = contact_sheet(path.with_suffix(".png"), ema, vae, about)
-    figures = dict(loss=float(np.mean(losses)), loss_of_zero=2.)  # noise and normalised latents have variance 1
+            contact_sheet(path.with_suffix(".png"), ema, vae, about)
+    # noise and normalised latents have variance 1; a resumed run that was finished has no losses
+    figures = dict(loss=float(np.mean(losses)), loss_of_zero=2.) if losses else {}
     if cfg.score_clips and cfg.data == "synthetic" and rank == 0:
         _, said = test_captions(cfg, "full", cfg.score_clips)
         _, again = reconstruct_clips(vae, open_clips(cfg, "full"), range(cfg.score_clips))
         figures |= dict(semantic=score_samples(ema, vae, about, "full", cfg.score_clips, *recipe(about))["semantic"],
                         semantic_reconstructed=score(again, said)["semantic"])
-    if rank == 0:
-        print0(f"{path.with_suffix('.png')} shows:", *captions, sep="\n  ")
+    print0(f"{path.with_suffix('.png')} shows:", *test_captions(cfg, "full", 8)[0], sep="\n  ")
     return summary("DIT", figures, began, "python sample.py --score 192, then python prune.py")
 
 

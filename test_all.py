@@ -488,6 +488,7 @@ def resumes(module, cfg, folder):
     assert vae.load(path, finished=False)["step"] == 2
     aborts("another --lr", module.main, replace(cfg, resume=True, lr=1.))
     module.main(replace(cfg, resume=True))
+    module.main(replace(cfg, resume=True))                               # it is finished: nothing happens
     once, twice = vae.load(trained() / f"{module.__name__}.pt"), vae.load(path)
     assert once.keys() == twice.keys() and {"model", "optimizer", "rng", "step"} <= once.keys()
     assert (wrong := [k for k in once if k != "config" and not same(once[k], twice[k])]) == [], wrong
