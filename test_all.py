@@ -105,7 +105,8 @@ def run(pattern=""):
     for name, test in [(n, f) for n, f in globals().items() if n.startswith("test_") and pattern in n]:
         began, said, verdict = time.time(), io.StringIO(), "ok"
         torch.manual_seed(0)
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(said):
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(said), \
+                contextlib.redirect_stderr(said):
             try:
                 test(*[Path(folder)] * test.__code__.co_argcount)
             except Skip as why:
