@@ -423,12 +423,11 @@ def score_samples(model, vae, about, split, count, times, guidance_scale):
 
 
 def contact_sheet(path, model, vae, about):
-    """Write a film of samples for eight captions that nobody trained on. Returns the captions."""
+    """Write a film of samples for the first eight of the full test set's captions."""
     captions, _ = test_captions(about, "full", 8)
     text = WordEncoder(about.text_dim, about.text_length)(captions)
     video = generate(model, vae, text, vae.latent_shape(about.frames, *about.size), *recipe(about))
     write_png(path, rearrange(video, "(r k) c f h w -> c f (r h) (k w)", r=2), about.fps)
-    return captions
 
 
 def average(ema, model, rate, step):

@@ -26,7 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dit
 from dit import (LaterStage, WordEncoder, add_noise, average, build, contact_sheet, draw_batch, drop_captions,
-                 encode_clips, flow_matching_loss, load_dit, load_vae, logit_normal, recipe, save_dit, score_samples)
+                 encode_clips, flow_matching_loss, load_dit, load_vae, logit_normal, recipe, save_dit, score_samples,
+                 test_captions)
 from vae import (Abort, dry_run, flag, launch, load, make_optimizers, parallel, print0, progress, resume, setup,
                  summary, update)
 
@@ -162,7 +163,7 @@ class Search(nn.Module):
 
 def search(cfg, teacher, candidates, draw, run):
     """Learn which units to keep; returns the masks (B = 1) of the logits' moving average."""
-    (device, rank, world), module, losses = run, Search(teacher, candidates).to(run[0]), []
+    (_, rank, world), module, losses = run, Search(teacher, candidates).to(run[0]), []
     average_logits, cfg = copy.deepcopy(module.logits).requires_grad_(False), replace(cfg, steps=cfg.search_steps)
     optimizers = [torch.optim.AdamW(module.logits.values(), cfg.search_lr, weight_decay=0),
                   torch.optim.AdamW([*module.down, *module.up], cfg.lr, weight_decay=0)]
@@ -392,8 +393,9 @@ def main(cfg):
         (whole, part), tokens = step_costs([teacher, ema], about, shape), math.prod(shape)
         figures |= {f"speedup_{tokens}_tokens": whole["step_ms"] / part["step_ms"],
                     f"flops_ratio_{tokens}_tokens": whole["gflops"] / part["gflops"]}
-    captions = contact_sheet(path.with_suffix(".png"), ema, vae, small) if rank == 0 else []
-    print0(f"{path.with_suffix('.png')} shows:", *captions, sep="\n  ")
+    if rank == 0:
+        contact_sheet(path.with_suffix(".png"), ema, vae, small)
+    print0(f"{path.with_suffix('.png')} shows:", *test_captions(about, "full", 8)[0], sep="\n  ")
     return summary("PRUNE", figures, began, "python distill.py")
 
 
