@@ -1033,9 +1033,6 @@ def test_ablation_has_every_row(folder):
 
 
 # ------------------------------------------------------------------------------------------------ export_ios.py
-
-
-# ------------------------------------------------------------------------------------------------ export_ios.py
 @lru_cache
 def exported(bits, pruned):
     """A folder with packages of the tiny models, four steps without guidance, and the figures of their export."""
@@ -1062,13 +1059,14 @@ def run_package(name, bits=16, pruned=False):
 
 
 def mil(ops, inputs, folder):
-    """ops(*inputs), written with Core ML's builder, saved, read back and executed."""
+    """ops(*inputs), written with Core ML's builder, saved and read back: the Program and what it computes."""
     import coremltools as ct
     from coremltools.converters.mil import Builder as mb
     program = mb.program([mb.TensorSpec(tuple(x.shape)) for x in inputs], opset_version=ct.target.iOS18)(ops)
     ct.convert(program, minimum_deployment_target=ct.target.iOS18, compute_precision=ct.precision.FLOAT32,
                skip_model_load=True).save(str(folder / "op.mlpackage"))
-    return export_ios.Program(folder / "op.mlpackage")(*inputs)
+    program = export_ios.Program(folder / "op.mlpackage")
+    return program, program(*inputs)
 
 
 def test_executor_knows_each_operation(folder):
@@ -1110,10 +1108,14 @@ def test_executor_knows_each_operation(folder):
                  torch.einsum(
             "bcfhwijk,ocijk->bofhw", F.pad(video, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1).unfold(4, 3, 1),
             torch.from_numpy(kernel)) + torch.from_numpy(bias).view(3, 1, 1, 1))}
+    rest = set(export_ios.OPS)
     for name, (ops, expected) in cases.items():
         inputs = [video] if name == "conv" else [x, y][:ops.__code__.co_argcount]
-        close(mil(ops, inputs, folder), expected, 2e-6)
+        program, result = mil(ops, inputs, folder)
+        close(result, expected, 2e-6)
+        rest -= {kind for kind, *_ in program.ops}
         shutil.rmtree(folder / "op.mlpackage")
+    assert rest == {"constexpr_blockwise_shift_scale"}, rest  # which compressed packages test
 
 
 def test_packages_say_what_they_are():
@@ -1128,8 +1130,15 @@ def test_packages_say_what_they_are():
     about = denoiser.model.description.metadata.userDefined
     assert about["times"] == "[1.0, 0.75, 0.5, 0.25, 0.0]" and about["latent_shape"] == "[8, 2, 1, 1]"
     assert about["text_length"] == "12" and not denoiser.model.description.metadata.license
+    single, half = {"sin", "cos", "rsqrt", "reduce_mean"}, {"linear", "conv", "scaled_dot_product_attention", "silu"}
     for program in (denoiser, decoder):
         assert max(len(shape) for _, _, results in program.ops for *_, shape in results) <= 5
+        types = {(kind, results[0][1]) for kind, _, results in program.ops if kind in single | half}
+        assert all(kind in (single if declared == "FLOAT32" else half) for kind, declared in types), types
+        held = [v for v in program.constants.values() if isinstance(v, torch.Tensor)]
+        assert max(v.abs().max() for v in held) <= 1e4  # tables and masks too
+        assert program.model.specificationVersion == 9  # iOS 18
+        assert all(v.shortDescription for v in program.model.description.output)
     kinds = Counter(kind for kind, *_ in denoiser.ops)
     assert kinds["scaled_dot_product_attention"] == 4 and not kinds["gather"], kinds
 
@@ -1151,13 +1160,27 @@ def test_compressed_packages_are_smaller_and_worse():
     figures = [exported(bits, False)[1] for bits in (32, 16, 8, 4)]
     errors, sizes = ([each[key] for each in figures] for key in ("run_error", "denoiser_mb"))
     assert list(errors) == sorted(errors) and list(sizes) == sorted(sizes, reverse=True), (errors, sizes)
+    plain = export_ios.Program(exported(16, False)[0] / "denoiser.mlpackage")
+    for bits, most in ((8, 127), (4, 7)):
+        program = export_ios.Program(exported(bits, False)[0] / "denoiser.mlpackage")
+        weights = {args["weight"][0] for kind, args, _ in program.ops if kind == "linear"}
+        packed = [(args, results[0][0]) for kind, args, results in program.ops if kind.startswith("constexpr")]
+        assert packed and {name for _, name in packed} <= weights  # no tables
+        for args, name in packed:
+            weight = plain.constants[name.removesuffix("_quantized")].float()
+            unpacked = export_ios.OPS["constexpr_blockwise_shift_scale"](*(
+                program.constants[args[key][0]] for key in ("data", "scale")))
+            blocks, errors = (x.unflatten(1, (-1, 32 if bits == 4 else weight.shape[1])) for x in (
+                weight, unpacked - weight))
+            assert (errors.abs() < .6 * blocks.abs().amax(-1, keepdim=True) / most).all()  # half a step, and rounding
 
 
 def test_check_catches_what_is_wrong():
     optional("coremltools")
     model, about = dit.load_dit(exported(16, False)[0] / "dit.pt")
-    autoencoder, times = dit.load_vae(trained()), dit.recipe(about)[0]
+    autoencoder = dit.load_vae(trained())
     shape = autoencoder.latent_shape(about.frames, *about.size)
+    modules = dict(denoiser=export_ios.Denoiser(model, shape, about), decoder=export_ios.Decoder(autoencoder, shape))
 
     def check(which=0, size=None, spoil=lambda weight: weight):
         """Check the denoiser (0) and the decoder (1), of which one has its first weight of this size spoilt."""
@@ -1167,12 +1190,24 @@ def test_check_catches_what_is_wrong():
             if isinstance(value, torch.Tensor) and list(value.shape) == size:
                 programs[which].constants[name] = spoil(value)
                 break
-        return export_ios.check(*programs, model, autoencoder, shape, about, times, 16, True)
+        return export_ios.check(modules, programs, about, 16, True)
+
+    class CoreML:  # with the interface of coremltools' MLModel
+        def __init__(self, path):
+            self.program = export_ios.Program(path)
+
+        def predict(self, inputs):
+            return {self.program.output: self.program(*(torch.from_numpy(inputs[v[0]]) for v in self.program.inputs))}
 
     assert check()["run_psnr"] > 45
+    import coremltools
+    with patch.object(sys, "platform", "darwin"), patch.object(coremltools.models, "MLModel", CoreML):
+        assert check() == check(0, [32, 32], lambda weight: weight.T)  # Core ML reads the package itself
     aborts("next_latents, t 1.000", check, 0, [32, 32], lambda weight: weight.T)
     aborts("next_latents, t 1.000", check, 0, [8, 32], lambda weight: weight * 1.02)  # of the output
     aborts("frames", check, 1, [16, 16, 3, 1, 1], lambda weight: weight.flip(2))      # backwards in time
+    with patch.dict(export_ios.OPS, silu=lambda x: x[..., :1]):
+        aborts("is declared", check)
     with patch.dict(export_ios.OPS):
         del export_ios.OPS["gelu"]
         assert check() == {}                                                         # and says SKIPPED
