@@ -219,7 +219,7 @@ def load(path, stage=None, finished=True):
     if not Path(path).exists():
         raise Abort(f"{path} is missing: run python {script} first, or say where it is with --out")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         step, steps, made_by = checkpoint["step"], checkpoint["config"]["steps"], checkpoint["stage"]
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
         raise Abort(f"{path} is not a whole checkpoint of ours: remove it and run python {script} again") from None
