@@ -317,8 +317,7 @@ def main(cfg):
         return summary("EXPORT_IOS", counted)
     figures, programs, modules = {}, [], packaged(model, vae)
     metadata = {key: getattr(about, key) for key in ("guidance_scale", "text_length", "text_dim", "frames", "fps")}
-    metadata |= dict(times=times, latent_shape=list(shape), size=list(about.size), bits=cfg.bits, checkpoint=path,
-                     text_encoder="dit.WordEncoder")
+    metadata |= dict(times=times, size=list(about.size), bits=cfg.bits, checkpoint=path, text_encoder="dit.WordEncoder")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as folder:  # on the packages' disk, so that to move is to rename
         for name, module in modules.items():

@@ -1128,7 +1128,7 @@ def test_packages_say_what_they_are():
                                                       text_mask=[1, 12]) and all(v[0] for v in said.values())
     assert decoder.output == "frames" and decoder.ops[-1][2][0][2] == [9, 3, 32, 32]
     about = denoiser.model.description.metadata.userDefined
-    assert about["times"] == "[1.0, 0.75, 0.5, 0.25, 0.0]" and about["latent_shape"] == "[8, 2, 1, 1]"
+    assert about["times"] == "[1.0, 0.75, 0.5, 0.25, 0.0]" and about["size"] == "[32, 32]"
     assert about["text_length"] == "12" and not denoiser.model.description.metadata.license
     single, half = {"sin", "cos", "rsqrt", "reduce_mean"}, {"linear", "conv", "scaled_dot_product_attention", "silu"}
     for program in (denoiser, decoder):
