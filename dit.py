@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from vae import (VAE, Abort, DataConfig, Stage, VAEConfig, barrier, caption, draw, dry_run, flag, launch, load,
-                 make_optimizers, open_clips, parallel, print0, progress, reconstruct_clips, resume, save, score, setup,
-                 summary, update, words, write_png)
+                 make_optimizers, open_clips, parallel, print0, progress, read_ltx, reconstruct_clips, resume, save, score,
+                 setup, summary, update, words, write_png)
 
 # ------------------------------------------------------------------------------------------------ the model
 # LTX-Video's transformer [9], module for module. It is exported to Core ML, so shapes inside are static ints.
@@ -177,6 +177,32 @@ class DiT(nn.Module):
         return self.unembed(x, embedded, latents.shape[2:])
 
 
+LTX_NAMES = (("transformer_blocks", "blocks"), ("attn1", "self_attn"), ("attn2", "cross_attn"), (r"to_out\.0", "to_out"),
+             (r"(norm_.)\.weight", r"\1"), ("scale_shift_table", "table"), (r"ff\.net\.0\.proj", "ffn.up"),
+             (r"ff\.net\.2", "ffn.down"), (r"time_embed\.emb\.timestep_embedder", "time_mlp"), ("linear_1", "0"),
+             ("linear_2", "2"), (r"time_embed\.linear", "modulation.1"), ("caption_projection", "text_mlp"))
+
+
+def load_ltx(path, cfg, compression=(8, 32)):
+    """LTX-Video's transformer in diffusers' layout -> DiT of cfg, but for the sizes, which are read off the tensors.
+
+    The size of a head is cfg's, as tensors do not tell it. Raises Abort where one is missing, left over or does not fit.
+    """
+    try:
+        tensors = read_ltx(path, LTX_NAMES)
+        rows, columns = ({name: x.shape[side] for name, x in tensors.items() if x.ndim > side} for side in (0, 1))
+        cfg = replace(cfg, depth=sum(name.endswith("ffn.up.weight") for name in tensors), width=rows["proj_in.bias"],
+                      num_heads=rows["blocks.0.self_attn.norm_q"] // cfg.head_dim, in_channels=rows["proj_out.bias"],
+                      ffn_dim=rows["blocks.0.ffn.up.bias"], text_dim=columns["text_mlp.0.weight"], final_norm="layer",
+                      absolute=False)
+        model = DiT(cfg, cfg.fps, compression)
+        model.load_state_dict(tensors | {k: v for k, v in model.state_dict().items() if k.endswith("head_ids")})
+    except (KeyError, RuntimeError) as error:
+        raise Abort(f"{path} is not LTX-Video's transformer in diffusers' layout: {' '.join(str(error).split())[:200]}"
+                    ) from None
+    return model
+
+
 # ------------------------------------------------------------------------------------------------ text
 class WordEncoder:
     """Captions -> text_emb (B, L, E) and text_mask (B, L): a frozen random vector for each word, plus its position.
@@ -325,6 +351,7 @@ class GeneratorConfig(DiTConfig, DataConfig):
 
 @dataclass
 class Config(GeneratorConfig):
+    init: str = flag("", "LTX-Video's transformer to start from, as vae.py's --init; with --steps 0 to take as it is")
     steps: int = flag(1900, "training steps")
     batch_size: int = flag(24, "clips per process and step")
     lr: float = flag(3e-3, "AdamW's learning rate")
@@ -441,7 +468,8 @@ def main(cfg):
     path, encode_text = Path(cfg.out) / "dit.pt", WordEncoder(cfg.text_dim, cfg.text_length)
     with torch.device("meta" if cfg.dry_run else device):
         vae = VAE(VAEConfig()) if cfg.dry_run else load_vae(cfg.out, device)
-        model = DiT(cfg, cfg.fps, vae.compression)
+        model = load_ltx(cfg.init, cfg, vae.compression) if cfg.init else DiT(cfg, cfg.fps, vae.compression)
+    cfg = model.cfg
     shape = vae.latent_shape(cfg.frames, *cfg.size)
     if cfg.dry_run:
         clip = torch.empty(cfg.batch_size, *shape, device="meta")
@@ -452,6 +480,10 @@ def main(cfg):
            f"{sum(p.numel() for p in model.parameters()):,} parameters; latents {shape}; {world} x {device.type}")
     about = SimpleNamespace(**{f.name: getattr(cfg, f.name) for f in fields(GeneratorConfig)},
                             vae=fingerprint(vae), compression=vae.compression, words=words(cfg))
+    if not cfg.steps:
+        save_dit(path, 0, cfg, about, model, model, [])
+        figures = dict(parameters=sum(p.numel() for p in model.parameters()))
+        return summary("DIT", figures, began, "python sample.py, or python prune.py --data FOLDER")
     cache = encode_clips(cfg, vae, encode_text, rank, world, device)
     ema, optimizers = copy.deepcopy(model).requires_grad_(False), make_optimizers(model, cfg.lr, cfg.muon_lr)
     start = resume(path, cfg, {"model": model, "ema": ema}, optimizers) if cfg.resume else 0

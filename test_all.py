@@ -8,6 +8,7 @@ A test that takes a `folder` gets a new, empty one. The last line counts; the ex
 import contextlib
 import copy
 import importlib
+import inspect
 import io
 import itertools
 import json
@@ -23,7 +24,7 @@ import traceback
 import zlib
 from collections import Counter
 from dataclasses import fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import DEFAULT, Mock, patch
@@ -108,7 +109,7 @@ def run(pattern=""):
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(said), \
                 contextlib.redirect_stderr(said):
             try:
-                test(*[Path(folder)] * test.__code__.co_argcount)
+                test(*[Path(folder)] * len(inspect.signature(test).parameters))
             except Skip as why:
                 verdict = f"skipped: {why}"
             except Exception:
@@ -421,25 +422,41 @@ def test_encoder_is_causal():
             assert (change[:own] < 1e-6).all() and change[own] > 1e-4, (k, change)
 
 
-def copy_weights(theirs, ours):
-    """Random weights, and the same in both: parameters come in the same order."""
-    for (name, a), b in zip(theirs.named_parameters(), ours.parameters(), strict=True):
-        assert a.shape == b.shape, name
-        b.copy_(a.add_(.1 * torch.randn_like(a)))
+@torch.no_grad()
+def ltx(module, name, **sizes):
+    """A model of diffusers with random weights, and what saves a part of them as .safetensors."""
+    theirs = getattr(optional(f"diffusers.models.{module}"), name)(**sizes)
+    for tensor in theirs.state_dict().values():
+        tensor.add_(.1 * torch.rand_like(tensor))
+    save, state = optional("safetensors.torch").save_file, theirs.state_dict()
+    return theirs, lambda path, part=slice(None): save({k: state[k] for k in list(state)[part]}, path)
+
+
+ltx_vae = partial(ltx, "autoencoders.autoencoder_kl_ltx", "AutoencoderKLLTXVideo", latent_channels=8,
+                  block_out_channels=(8, 12, 16, 16), decoder_block_out_channels=(8, 12, 16, 16),
+                  layers_per_block=(2, 1, 3, 1, 2), decoder_layers_per_block=(1, 2, 1, 3, 1))
+ltx_dit = partial(ltx, "transformers.transformer_ltx", "LTXVideoTransformer3DModel", in_channels=8, out_channels=8,
+                  num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32, num_layers=3)
 
 
 @torch.no_grad()
-def test_vae_is_ltx():
-    widths, blocks = (8, 8, 16, 16), (1,) * 5
-    theirs = optional("diffusers.models.autoencoders.autoencoder_kl_ltx").AutoencoderKLLTXVideo(
-        latent_channels=8, block_out_channels=widths, decoder_block_out_channels=widths, layers_per_block=blocks,
-        decoder_layers_per_block=blocks)
-    ours, video = vae.VAE(LTX_VAE), torch.rand(2, 3, 17, 64, 32) * 2 - 1
-    copy_weights(theirs, ours)
-    posterior = theirs.encode(video).latent_dist
-    close(ours.encode(video), posterior.mean)
-    close(ours.posterior(ours.to_patches(video))[1].expand_as(posterior.mean), posterior.logvar)
-    close(ours.decode(posterior.mean), theirs.decode(posterior.mean).sample)
+def test_vae_is_ltx(folder):
+    (theirs, save), video, file = ltx_vae(), torch.rand(2, 3, 17, 64, 32) * 2 - 1, folder / "x.safetensors"
+    save(file)
+    vae.main(replace(TINY_VAE, init=str(file), steps=0, out=str(folder)))
+    ours, posterior = dit.load_vae(folder), theirs.encode(video).latent_dist
+    mean, std = (x.view(1, -1, 1, 1, 1) for x in (theirs.latents_mean, theirs.latents_std))
+    close(ours.encode(video), (posterior.mean - mean) / std, 1e-4)
+    close(ours.posterior(ours.to_patches(video))[1].expand_as(posterior.mean), posterior.logvar, 1e-4)
+    close(ours.decode((posterior.mean - mean) / std), theirs.decode(posterior.mean).sample, 1e-4)
+    assert ours.cfg.encoder_blocks == (2, 1, 3, 3) and ours.cfg.decoder_blocks == (1, 2, 1, 4), ours.cfg
+    for later in (dict(timestep_conditioning=True), dict(decoder_inject_noise=(True,) * 5)):  # of 0.9.1
+        ltx_vae(**later)[1](file)
+        aborts("is not LTX-Video's VAE 0.9.0", vae.load_ltx, file, TINY_VAE)
+    save(file, slice(1, None))
+    aborts("'mean'", vae.load_ltx, file, TINY_VAE)
+    file.write_bytes(file.read_bytes()[:1000])
+    aborts("is not a whole .safetensors", vae.load_ltx, file, TINY_VAE)
 
 
 def test_vae_loss_is_the_sum_of_what_it_says():
@@ -509,15 +526,17 @@ def tiny_inputs():
 
 
 @torch.no_grad()
-def test_dit_is_ltx():
-    theirs = optional("diffusers.models.transformers.transformer_ltx").LTXVideoTransformer3DModel(
-        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
-        num_layers=2, caption_channels=12)
-    ours = dit.DiT(replace(TINY_DIT, ffn_dim=128, final_norm="layer", absolute=False), fps=25.)
-    x, t, text, mask = tiny_inputs()
-    copy_weights(theirs, ours)
+def test_dit_is_ltx(folder):
+    (theirs, save), (x, t, text, mask) = ltx_dit(caption_channels=12), tiny_inputs()
+    save(folder / "1.safetensors", slice(40))                            # in two parts, as the published one
+    aborts("is not LTX-Video's transformer", dit.load_ltx, folder, TINY_DIT)
+    save(folder / "2.safetensors", slice(40, None))
+    ours = dit.load_ltx(folder, replace(TINY_DIT, fps=25.))
     tokens = theirs(x.flatten(2).mT, text, 1000 * t, mask, *x.shape[2:], rope_interpolation_scale=(8 / 25, 32, 32))
-    close(ours(x, t, text, mask), tokens.sample.mT.reshape(x.shape))
+    close(ours(x, t, text, mask), tokens.sample.mT.reshape(x.shape), 1e-4)
+    tables, (cos, sin) = dit.rope_tables((2, 3, 2), 32, 25.), theirs.rope(x, 2, 3, 2, (8 / 25, 32, 32))
+    close(tables[0], cos[0, :, ::2]), close(tables[1], sin[0, :, ::2])
+    aborts("is not LTX-Video's transformer", dit.load_ltx, folder, replace(TINY_DIT, head_dim=24))
 
 
 def test_paper_sizes():

@@ -11,11 +11,12 @@ import argparse
 import math
 import os
 import pickle
+import re
 import struct
 import sys
 import time
 import zlib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -754,9 +755,65 @@ class VAE(nn.Module):
         self.std, self.mean = (y.view(1, -1, 1, 1, 1) for y in torch.std_mean(z.flatten(1), 1))
 
 
+# ------------------------------------------------------------------------------------------------ LTX's weights
+# diffusers' names -> ours. By name, what they call resnets and samplers sorts into our order: in the encoder a block's
+# shrink comes after its resnets and mid_block last, in the decoder mid_block first and a block's grow before its resnets.
+LTX_NAMES = ((r"\.conv\.(weight|bias)$", r".\1"), (r"^(en|de)coder\.conv_(in|out)", r"\1coder_\2"), ("norm3", "norm"),
+             (r"downsamplers\.0", "shrink.conv"), (r"(down_blocks.*)conv_out", r"\1shrink.block"), ("^latents_", ""),
+             (r"upsamplers\.0", "grow"), (r"(up_blocks.*)conv_in", r"\1grow.block"), ("conv_shortcut", "shortcut"))
+
+
+def read_ltx(path, names):
+    """Tensors of a .safetensors file, or of a folder of them, by our name; names: pairs of a pattern and what it is."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise Abort("reading LTX's weights needs safetensors: pip install safetensors") from None
+    tensors = {}
+    for file in sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [path]:
+        try:
+            own = load_file(file)
+        except SafetensorError:
+            raise Abort(f"{file} is not a whole .safetensors file: fetch it again") from None
+        for name, tensor in own.items():
+            for theirs, ours in names:
+                name = re.sub(theirs, ours, name)
+            tensors[name] = tensor.float()
+    return tensors
+
+
+def load_ltx(path, cfg):
+    """LTX-Video's VAE, version 0.9.0, in diffusers' layout -> VAE of cfg, but for the sizes, read off the tensors.
+
+    Raises Abort where a tensor is missing, left over or of another size.
+    """
+    try:
+        tensors, counts = read_ltx(path, LTX_NAMES), {}
+        grows = sorted(name for name in tensors if name.endswith("grow.conv.weight"))
+        widths = [tensors[name].shape[1] for name in grows[::-1]] + [tensors["encoder_out.weight"].shape[1]]
+        for part, sampler in ("encoder", "shrink"), ("decoder", "grow"):
+            found = (re.match(rf"{part}\..*?(resnets\.\d+|{sampler})", name) for name in tensors)
+            units = sorted({match[0] for match in found if match})
+            counts[part] = [len(run) for run in "".join(u.endswith(sampler) and "|" or "-" for u in units).split("|")]
+            tensors = {re.sub(rf"^({'|'.join(map(re.escape, units))})\.", lambda m: f"{part}.{units.index(m[1])}.", name):
+                       tensor for name, tensor in tensors.items()}
+        patch, scale = math.isqrt(len(tensors["decoder_out.weight"]) // 3), 2 ** len(grows)
+        model = VAE(replace(cfg, ratio=f"{scale}x{patch * scale}x{patch * scale}", patch=patch, light=False,
+                            latent_channels=tensors["decoder_in.weight"].shape[1], widths=tuple(widths),
+                            encoder_blocks=tuple(counts["encoder"]), decoder_blocks=tuple(counts["decoder"][::-1])))
+        tensors |= {name: tensors[name].view(1, -1, 1, 1, 1) for name in ("mean", "std")}
+        model.load_state_dict(tensors)
+    except (KeyError, RuntimeError) as error:
+        raise Abort(f"{path} is not LTX-Video's VAE 0.9.0 in diffusers' layout: {' '.join(str(error).split())[:200]}"
+                    ) from None
+    return model
+
+
 # ------------------------------------------------------------------------------------------------ training
 @dataclass
 class Config(VAEConfig):
+    init: str = flag("", "LTX-Video's VAE to start from, diffusers' .safetensors; with --steps 0 to take as it is")
     steps: int = flag(2600, "training steps")
     batch_size: int = flag(2, "clips per process and step")
     decoder_share: float = flag(.5, "Ours: last share of the steps, for the decoder alone; latents are good sooner")
@@ -823,13 +880,18 @@ def main(cfg):
     began, (device, rank, world) = time.time(), setup(cfg.seed)
     path = Path(cfg.out) / "vae.pt"
     with torch.device("meta" if cfg.dry_run else device):
-        vae = VAE(cfg).to(memory_format=torch.channels_last_3d)
+        vae = (load_ltx(cfg.init, cfg) if cfg.init else VAE(cfg)).to(memory_format=torch.channels_last_3d)
+    cfg = vae.cfg
     shape = vae.latent_shape(cfg.frames, *cfg.size)
     print0(f"vae: {cfg.ratio}, latents {shape} of {cfg.data} clips {cfg.frames, *cfg.size}, {world} x {device.type}")
     if cfg.dry_run:
         video, latents = (torch.empty(n, *s, device="meta") for n, s in
                           ((cfg.batch_size, (3, cfg.frames, *cfg.size)), (1, shape)))
         return dry_run("VAE", vae, lambda: vae(video, cfg)[0], lambda: vae.decode(latents))
+    if not cfg.steps:
+        save(path, stage="vae", step=0, config=asdict(cfg), model=vae.state_dict())
+        figures = dict(parameters=sum(p.numel() for p in vae.parameters()))
+        return summary("VAE", figures, began, "python dit.py --init TRANSFORMER")
     optimizers = make_optimizers(vae, cfg.lr, cfg.muon_lr)
     start = resume(path, cfg, {"model": vae}, optimizers) if cfg.resume else 0
     clips, model = open_clips(cfg), parallel(vae, world)
