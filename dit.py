@@ -12,6 +12,7 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -228,6 +229,46 @@ class WordEncoder:
         return vector * (self.dim ** .5 / vector.norm())
 
 
+class TextEncoder:
+    """Captions -> text_emb (B, L, E) and text_mask (B, L), by an encoder of transformers with last_hidden_state.
+
+    Ours: less what the empty caption gets, so that zeros, which every stage takes for no caption, mean just that.
+    """
+
+    def __init__(self, name, dim, length):
+        try:
+            from transformers import AutoModelForTextEncoding, AutoTokenizer
+        except ImportError:
+            raise Abort("--text_encoder needs transformers: pip install transformers") from None
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            self.model = AutoModelForTextEncoding.from_pretrained(name).eval().requires_grad_(False)
+        except (OSError, ValueError) as error:
+            raise Abort(f"--text_encoder {name} has no tokenizer and encoder: {error}".splitlines()[0]) from None
+        if self.model.config.hidden_size != dim:
+            raise Abort(f"--text_encoder {name} makes {self.model.config.hidden_size} channels: give that as --text_dim")
+        self.model, self.length, self.null = self.model.to("cuda" if torch.cuda.is_available() else "cpu"), length, 0
+        emb, mask = self([""])
+        self.null = emb[mask > 0].mean(0)                                                        # (E,)
+
+    def __call__(self, captions):
+        tokens = self.tokenizer(captions, padding="max_length", truncation=True, max_length=self.length,
+                                return_tensors="pt").to(self.model.device)
+        emb = self.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        mask = tokens.attention_mask.float().cpu()
+        return (emb.float().cpu() - self.null) * mask[..., None], mask
+
+
+@lru_cache
+def make_text_encoder(name, dim, length):
+    return TextEncoder(name, dim, length) if name else WordEncoder(dim, length)
+
+
+def text_encoder(about):
+    """The text encoder of a generator, read once; about: a GeneratorConfig, or what load_dit says."""
+    return make_text_encoder(about.text_encoder, about.text_dim, about.text_length)
+
+
 # ------------------------------------------------------------------------------------------------ rectified flow
 def add_noise(x0, noise, t):
     t = t.view(-1, 1, 1, 1, 1)
@@ -295,7 +336,7 @@ def encode_clips(cfg, vae, encode_text, rank, world, device):
     """
     folder, clips, note = Path(cfg.out) / "latents", open_clips(cfg), Path(cfg.out) / "latents" / "about.json"
     about = dict(vae=fingerprint(vae), data=cfg.data, frames=cfg.frames, size=list(cfg.size), fps=cfg.fps,
-                 seed=cfg.seed, clips=cfg.num_clips, text=[cfg.text_dim, cfg.text_length])
+                 seed=cfg.seed, clips=cfg.num_clips, text=[cfg.text_encoder, cfg.text_dim, cfg.text_length])
     sizes = {kind: min(len(indices), cfg.num_clips) for kind, indices in clips.kinds.items()}
     if rank == 0 and not (note.exists() and json.loads(note.read_text()) == about):
         folder.mkdir(parents=True, exist_ok=True)
@@ -340,8 +381,9 @@ def drop_captions(text_emb, text_mask, share):
 @dataclass
 class GeneratorConfig(DiTConfig, DataConfig):
     """What a generator is and makes; it travels with the checkpoints of every stage from here on."""
+    text_encoder: str = flag("", "folder or Hugging Face name of T5 or another encoder; not given: a vector per word")
     num_clips: int = flag(4000, "clips that are encoded and trained on, at most")
-    text_length: int = flag(12, "words of a caption, the rest is cut off")
+    text_length: int = flag(12, "words or tokens of a caption, the rest is cut off")
     num_steps: int = flag(40, "denoising steps of a sample")
     guidance_scale: float = flag(2., "classifier-free guidance of the 40-step recipe")
     shift: float = flag(6., "Ours: above 1, more of the sampling steps go near noise [6]")
@@ -444,7 +486,7 @@ def test_captions(cfg, split, count):
 def score_samples(model, vae, about, split, count, times, guidance_scale):
     """vae.score of samples for `count` captions of a test set of the synthetic clips."""
     captions, said = test_captions(about, split, count)
-    text = WordEncoder(about.text_dim, about.text_length)(captions)
+    text = text_encoder(about)(captions)
     shape = vae.latent_shape(about.frames, *about.size)
     return score(generate(model, vae, text, shape, times, guidance_scale), said)
 
@@ -452,7 +494,7 @@ def score_samples(model, vae, about, split, count, times, guidance_scale):
 def contact_sheet(path, model, vae, about):
     """Write a film of samples for the first eight of the full test set's captions."""
     captions, _ = test_captions(about, "full", 8)
-    text = WordEncoder(about.text_dim, about.text_length)(captions)
+    text = text_encoder(about)(captions)
     video = generate(model, vae, text, vae.latent_shape(about.frames, *about.size), *recipe(about))
     write_png(path, rearrange(video, "(r k) c f h w -> c f (r h) (k w)", r=2), about.fps)
 
@@ -465,9 +507,11 @@ def average(ema, model, rate, step):
 def main(cfg):
     """Train the DiT; returns the figures of its summary line."""
     began, (device, rank, world) = time.time(), setup(cfg.seed)
-    path, encode_text = Path(cfg.out) / "dit.pt", WordEncoder(cfg.text_dim, cfg.text_length)
+    path = Path(cfg.out) / "dit.pt"
     with torch.device("meta" if cfg.dry_run else device):
         vae = VAE(VAEConfig()) if cfg.dry_run else load_vae(cfg.out, device)
+        if cfg.init and not cfg.text_encoder:
+            raise Abort("--init: LTX's weights know no captions but T5's: give the folder of their --text_encoder")
         model = load_ltx(cfg.init, cfg, vae.compression) if cfg.init else DiT(cfg, cfg.fps, vae.compression)
     cfg = model.cfg
     shape = vae.latent_shape(cfg.frames, *cfg.size)
@@ -478,8 +522,12 @@ def main(cfg):
                        lambda: model(clip[:1], t[:1], text[:1], text[:1, :, 0]))
     print0(f"dit: depth {cfg.depth}, width {cfg.width}, {cfg.num_heads} heads of {cfg.head_dim}, FFN {cfg.ffn_dim}: "
            f"{sum(p.numel() for p in model.parameters()):,} parameters; latents {shape}; {world} x {device.type}")
-    about = SimpleNamespace(**{f.name: getattr(cfg, f.name) for f in fields(GeneratorConfig)},
-                            vae=fingerprint(vae), compression=vae.compression, words=words(cfg))
+    about = SimpleNamespace(**{f.name: getattr(cfg, f.name) for f in fields(GeneratorConfig)}, vae=fingerprint(vae),
+                            compression=vae.compression, words=[] if cfg.text_encoder else words(cfg))
+    encode_text = text_encoder(cfg)
+    if cfg.init:  # our embeddings are less than LTX's by the empty caption's
+        with torch.no_grad():
+            model.text_mlp[0].bias += model.text_mlp[0].weight @ encode_text.null.to(device)
     if not cfg.steps:
         save_dit(path, 0, cfg, about, model, model, [])
         figures = dict(parameters=sum(p.numel() for p in model.parameters()))

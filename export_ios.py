@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dit
 import vae as vae_stage
-from dit import LaterStage, WordEncoder, add_noise, build, find_generator, load_dit, load_vae, recipe, sample
+from dit import LaterStage, add_noise, build, find_generator, load_dit, load_vae, recipe, sample, text_encoder
 from vae import VAE, Abort, flag, launch, open_clips, print0, setup, summary
 
 logging.getLogger("coremltools").setLevel(logging.ERROR)  # away from a Mac it warns at length that it cannot predict
@@ -236,7 +236,7 @@ def check(denoiser, decoder, model, vae, shape, about, times, bits, whole):
         print0(f"check SKIPPED: OPS lacks {', '.join(unknown)}")
         return {}
     clips, at, errors = open_clips(about, "full"), lambda t: torch.tensor([t]), {}
-    text = WordEncoder(about.text_dim, about.text_length)([clips.caption(0)])
+    text = text_encoder(about)([clips.caption(0)])
     x0, noise = vae.encode(clips.video(0)[None]), torch.randn(1, *shape)
     rgb = lambda latents: ((vae.decode(latents)[0].transpose(0, 1) + 1) / 2).clamp(0, 1)
 
@@ -326,7 +326,7 @@ def main(cfg):
         return summary("EXPORT_IOS", counted)
     metadata = {key: getattr(about, key) for key in ("guidance_scale", "text_length", "text_dim", "frames", "fps")}
     metadata |= dict(times=times, latent_shape=list(shape), size=list(about.size), bits=cfg.bits, checkpoint=path,
-                     text_encoder="dit.WordEncoder")
+                     text_encoder=about.text_encoder or "dit.WordEncoder")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as folder:  # on the packages' disk, so that to move is to rename
         for name, parts in packages(model, vae, shape, about).items():

@@ -18,8 +18,8 @@ import torch
 from einops import rearrange
 from torch.utils.flop_counter import FlopCounterMode
 
-from dit import (DiT, LaterStage, WordEncoder, euler_times, find_generator, generate, load_dit, load_vae,
-                 test_captions)
+from dit import (DiT, LaterStage, euler_times, find_generator, generate, load_dit, load_vae, test_captions,
+                 text_encoder)
 from vae import (RATIOS, VAE, Abort, flag, launch, open_clips, print0, reconstruct_clips, score, setup, summary,
                  write_png)
 
@@ -147,7 +147,7 @@ def main(cfg):
     vae = load_vae(path.parent, device, trained.vae)
     frames, size = cfg.frames or trained.frames, cfg.size or trained.size
     shape = vae.latent_shape(frames, *size)
-    text = WordEncoder(trained.text_dim, trained.text_length)
+    text = text_encoder(trained)
     num_steps, guidance_scale = cfg.num_steps or trained.num_steps, cfg.guidance_scale or trained.guidance_scale
     recipe = euler_times(num_steps, trained.shift), guidance_scale
     print0(f"sample: {path}, {sum(p.numel() for p in model.parameters()):,} parameters, {num_steps} steps, "
@@ -162,7 +162,7 @@ def main(cfg):
     if not prompts:
         raise Abort(f"{cfg.prompts} has no captions: write one a line")
     unknown = sorted({word for prompt in prompts for word in prompt.lower().split()} - set(trained.words))
-    if unknown:
+    if unknown and not trained.text_encoder:
         raise Abort(f"the checkpoint never saw: {' '.join(unknown)}. It knows: {' '.join(trained.words)}")
     videos = generate(model, vae, text(prompts), shape, *recipe, seed=cfg.seed)
     if not cfg.prompts:

