@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from vae import (VAE, Abort, DataConfig, Stage, VAEConfig, barrier, caption, draw, dry_run, flag, launch, load,
-                 make_optimizers, open_clips, parallel, print0, progress, read_ltx, reconstruct_clips, resume, save, score,
-                 setup, summary, update, words, write_png)
+                 make_optimizers, open_clips, parallel, print0, progress, read_ltx, reconstruct_clips, resume, save,
+                 score, setup, summary, update, words, write_png)
 
 # ------------------------------------------------------------------------------------------------ the model
 # LTX-Video's transformer [9], module for module. It is exported to Core ML, so shapes inside are static ints.
@@ -178,16 +178,16 @@ class DiT(nn.Module):
         return self.unembed(x, embedded, latents.shape[2:])
 
 
-LTX_NAMES = (("transformer_blocks", "blocks"), ("attn1", "self_attn"), ("attn2", "cross_attn"), (r"to_out\.0", "to_out"),
-             (r"(norm_.)\.weight", r"\1"), ("scale_shift_table", "table"), (r"ff\.net\.0\.proj", "ffn.up"),
-             (r"ff\.net\.2", "ffn.down"), (r"time_embed\.emb\.timestep_embedder", "time_mlp"), ("linear_1", "0"),
-             ("linear_2", "2"), (r"time_embed\.linear", "modulation.1"), ("caption_projection", "text_mlp"))
+LTX_NAMES = (("transformer_blocks", "blocks"), ("attn1", "self_attn"), ("attn2", "cross_attn"), ("to_out.0", "to_out"),
+             (r"(norm_.)\.weight", r"\1"), ("scale_shift_table", "table"), ("ff.net.0.proj", "ffn.up"),
+             ("ff.net.2", "ffn.down"), ("time_embed.emb.timestep_embedder", "time_mlp"), ("linear_1", "0"),
+             ("linear_2", "2"), ("time_embed.linear", "modulation.1"), ("caption_projection", "text_mlp"))
 
 
 def load_ltx(path, cfg, compression=(8, 32)):
     """LTX-Video's transformer in diffusers' layout -> DiT of cfg, but for the sizes, which are read off the tensors.
 
-    The size of a head is cfg's, as tensors do not tell it. Raises Abort where one is missing, left over or does not fit.
+    A head's size is cfg's, as tensors do not tell it. Raises Abort where one is missing, left over or does not fit.
     """
     try:
         tensors = read_ltx(path, LTX_NAMES)
@@ -246,7 +246,7 @@ class TextEncoder:
         except (OSError, ValueError) as error:
             raise Abort(f"--text_encoder {name} has no tokenizer and encoder: {error}".splitlines()[0]) from None
         if self.model.config.hidden_size != dim:
-            raise Abort(f"--text_encoder {name} makes {self.model.config.hidden_size} channels: give that as --text_dim")
+            raise Abort(f"--text_encoder {name} makes {self.model.config.hidden_size} channels: set --text_dim to it")
         self.model, self.length, self.null = self.model.to("cuda" if torch.cuda.is_available() else "cpu"), length, 0
         emb, mask = self([""])
         self.null = emb[mask > 0].mean(0)                                                        # (E,)

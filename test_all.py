@@ -806,6 +806,47 @@ def test_sample_writes_what_is_asked_for(folder):
     assert np.load(folder / "sample.npy").shape == (9, 2 * 32, 4 * 32, 3)
 
 
+def test_vbench_folder_is_as_vbench_reads_it(folder):
+    optional("av")
+    lists, prompts = folder / "lists", ("a red circle", "a thing moves left", "a blue square on a gray background")
+    full = "VBench_full_info.json"
+    lists.mkdir()
+    info = [dict(prompt_en=p, dimension=d) for p, d in zip(prompts, (["color"], ["object_class", "scene"], ["scene"]))]
+    (lists / full).write_text(json.dumps(info + [info[0] | {"dimension": ["temporal_flickering"]}]))
+    (lists / "temporal_flickering.txt").write_text("a red circle\n\na thing\n")
+    (lists / "scene.txt").write_text("a thing\n")
+    (lists / "none.json").write_text('{"a": 1}')
+
+    def names(file, **changes):
+        cfg = sample.Config(checkpoint=f"{trained()}/dit.pt", vbench=f"{lists}/{file}", out=str(folder))
+        sample.main(replace(cfg, **changes))
+        return {f.name: (f.stat().st_mtime_ns, f.read_bytes()) for f in (folder / "vbench").iterdir()}
+
+    with patch.object(sample, "write_video", breaking(sample.write_video, 7)):
+        aborts("broken off", names, full)
+    some = {f.name: (f.stat().st_mtime_ns, f.read_bytes()) for f in (folder / "vbench").iterdir()}
+    every = names(full)
+    # What VBench does: the prompt of a file is what comes before its last -number; it asks for 0 to 4, and for
+    # temporal flickering up to 24, and warns of what it cannot find.
+    assert set(every) == {f"{p}-{i}.mp4" for p, n in zip(prompts, (25, 5, 5)) for i in range(n)} and len(some) == 7
+    assert all(every[name] == value for name, value in some.items())     # and it continued
+    seeds = json.loads((folder / "vbench.json").read_text())["seeds"]
+    assert set(seeds) == set(every) and len(set(seeds.values())) == 35
+    assert len({pixels for _, pixels in every.values()}) == 35           # each from its own noise
+    assert {f.name for f in folder.iterdir()} == {"lists", "vbench", "vbench.json"}
+    for name in ("a thing moves left-3.mp4", "a red circle-24.mp4"):     # each is of its prompt, and from its seed
+        with patch.object(sample, "write_video") as write:
+            sample.main(sample.Config(checkpoint=f"{trained()}/dit.pt", prompt=name.rsplit("-", 1)[0], out=str(folder),
+                                      seed=seeds[name]))
+        sample.write_video(folder / "same.mp4", write.call_args.args[1], 8)
+        assert (folder / "same.mp4").read_bytes() == every[name][1], name
+    for file, changes in (("scene.txt", {}), (full, {"seed": 1}), (full, {"num_steps": 2})):
+        aborts("begun with another", lambda: names(file, **changes))
+    aborts("is no VBench_full_info", lambda: names("none.json"))
+    assert sample.vbench_prompts(lists / "temporal_flickering.txt") == {"a red circle": 25, "a thing": 25}
+    assert sample.vbench_prompts(lists / "scene.txt") == {"a thing": 5}
+
+
 def test_sample_scores_beside_baselines():
     figures = sample.main(sample.Config(out=str(trained()), score=8))
     for split in ("full", "open"):

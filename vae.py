@@ -756,8 +756,8 @@ class VAE(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------ LTX's weights
-# diffusers' names -> ours. By name, what they call resnets and samplers sorts into our order: in the encoder a block's
-# shrink comes after its resnets and mid_block last, in the decoder mid_block first and a block's grow before its resnets.
+# diffusers' names -> ours. Resnets and samplers then sort, by name, into our order: in the encoder, a block's shrink is
+# after its resnets and mid_block last; in the decoder, mid_block is first and a block's grow before its resnets.
 LTX_NAMES = ((r"\.conv\.(weight|bias)$", r".\1"), (r"^(en|de)coder\.conv_(in|out)", r"\1coder_\2"), ("norm3", "norm"),
              (r"downsamplers\.0", "shrink.conv"), (r"(down_blocks.*)conv_out", r"\1shrink.block"), ("^latents_", ""),
              (r"upsamplers\.0", "grow"), (r"(up_blocks.*)conv_in", r"\1grow.block"), ("conv_shortcut", "shortcut"))
@@ -794,10 +794,9 @@ def load_ltx(path, cfg):
         widths = [tensors[name].shape[1] for name in grows[::-1]] + [tensors["encoder_out.weight"].shape[1]]
         for part, sampler in ("encoder", "shrink"), ("decoder", "grow"):
             found = (re.match(rf"{part}\..*?(resnets\.\d+|{sampler})", name) for name in tensors)
-            units = sorted({match[0] for match in found if match})
-            counts[part] = [len(run) for run in "".join(u.endswith(sampler) and "|" or "-" for u in units).split("|")]
-            tensors = {re.sub(rf"^({'|'.join(map(re.escape, units))})\.", lambda m: f"{part}.{units.index(m[1])}.", name):
-                       tensor for name, tensor in tensors.items()}
+            place = {unit: f"{part}.{i}" for i, unit in enumerate(sorted({match[0] for match in found if match}))}
+            counts[part] = [len(run) for run in "".join("r|"[unit.endswith(sampler)] for unit in place).split("|")]
+            tensors = {re.sub("|".join(place), lambda m: place[m[0]], k): x for k, x in tensors.items()}
         patch, scale = math.isqrt(len(tensors["decoder_out.weight"]) // 3), 2 ** len(grows)
         model = VAE(replace(cfg, ratio=f"{scale}x{patch * scale}x{patch * scale}", patch=patch, light=False,
                             latent_channels=tensors["decoder_in.weight"].shape[1], widths=tuple(widths),
