@@ -335,10 +335,17 @@ def encode_clips(cfg, vae, encode_text, rank, world, device):
     Returns for each kind of clip the arrays latents (n, C, f, h, w), text_emb (n, L, E) and text_mask (n, L).
     """
     folder, clips, note = Path(cfg.out) / "latents", open_clips(cfg), Path(cfg.out) / "latents" / "about.json"
-    about = dict(vae=fingerprint(vae), data=cfg.data, frames=cfg.frames, size=list(cfg.size), fps=cfg.fps,
-                 seed=cfg.seed, clips=cfg.num_clips, text=[cfg.text_encoder, cfg.text_dim, cfg.text_length])
     sizes = {kind: min(len(indices), cfg.num_clips) for kind, indices in clips.kinds.items()}
-    if rank == 0 and not (note.exists() and json.loads(note.read_text()) == about):
+    names = "\n".join(f.name for f in clips.files).encode() if cfg.data != "synthetic" else str(cfg.seed).encode()
+    about = dict(vae=fingerprint(vae), data=cfg.data, files=hashlib.sha256(names).hexdigest()[:16], clips=sizes,
+                 frames=cfg.frames, size=list(cfg.size), fps=cfg.fps,
+                 text=[cfg.text_encoder, cfg.text_dim, cfg.text_length])
+    there = json.loads(note.read_text()) if note.exists() else None
+    if there and there["data"] != "synthetic" and there != about:  # days of work, perhaps
+        changed = " and ".join(key for key in about if there.get(key) != about[key])
+        raise Abort(f"{folder} was encoded with other {changed}: rename or remove it to encode again")
+    barrier(world)  # all have read the note
+    if rank == 0 and there != about:
         folder.mkdir(parents=True, exist_ok=True)
         note.unlink(missing_ok=True)
         for kind, n in sizes.items():
@@ -354,10 +361,11 @@ def encode_clips(cfg, vae, encode_text, rank, world, device):
         *cache[kind], done = (np.load(folder / f"{kind}.{name}.npy", mmap_mode="r+")
                               for name in ("latents", "text_emb", "text_mask", "done"))
         todo = np.flatnonzero(np.asarray(done) == 0)
-        for i, _ in zip(todo[rank::world].tolist(), progress(0, len(todo) // world + 1)):
-            clip = clips.kinds[kind][i]
-            emb, mask = encode_text([clips.caption(clip)])
-            for array, value in zip(cache[kind], (vae.encode(clips.video(clip)[None].to(device)), emb, mask)):
+        rows = todo[rank::world].tolist()
+        loader = torch.utils.data.DataLoader([clips.kinds[kind][i] for i in rows], None, num_workers=cfg.workers,
+                                             collate_fn=clips.clip, generator=torch.Generator())
+        for i, (video, said), _ in zip(rows, loader, progress(0, len(rows))):
+            for array, value in zip(cache[kind], (vae.encode(video[None].to(device)), *encode_text([said]))):
                 array[i] = value[0].cpu().numpy()
             done[i] = 1
         print0(f"{folder}: {n} {kind}, {n - len(todo)} of them encoded before")
@@ -478,7 +486,7 @@ def test_captions(cfg, split, count):
     """Captions that no clip was trained on and the attributes (n, 4) that they say; of a folder, its own and None."""
     clips = open_clips(cfg, split)
     if cfg.data != "synthetic":
-        return [clips.caption(i % len(clips.items)) for i in range(count)], None
+        return [clips.caption(i % len(clips.files)) for i in range(count)], None
     said = torch.stack([clips.attributes(i)[1] for i in range(count)])
     return [caption(a) for a in said.tolist()], said
 

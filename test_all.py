@@ -350,13 +350,13 @@ def test_scores_tell_true_from_false():
 
 
 # ------------------------------------------------------------------------------------------------ vae.py: data
-def gray_film(path, fps, height, width):
-    """A video without loss of 40 plain gray frames, each 5 levels brighter than the last, and its caption."""
+def gray_film(path, fps, height, width, levels=range(20, 220, 5)):
+    """A video without loss of plain gray frames, of 40 each 5 levels brighter than the last, and its caption."""
     av = optional("av")
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps, options={"qp": "0"})
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        for level in range(20, 220, 5):
+        for level in levels:
             pixels = np.full((height, width, 3), level, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
@@ -375,7 +375,7 @@ def test_video_folder(folder):
     assert vae.words(cfg) == ["a", "gray", "on", "picture"] and clips.caption(16) == "a picture"
     assert (clips.video(16) - image).abs().max() < .51 / 127.5
     for i in range(16):
-        (start, path), video = clips.items[i], clips.video(i)
+        (start, path), video = clips.item(i), clips.video(i)
         assert video.shape == (3, 9, 32, 32) and clips.caption(i) == "gray on gray"
         rate = {"a": 16, "b": 8}[path.stem]
         shown = ((((video + 1) * 127.5).mean((0, 2, 3)) - 20) / 5).round()                       # numbers of the frames
@@ -389,6 +389,49 @@ def test_video_folder(folder):
     aborts("a.mp4 cannot be decoded", lambda: vae.open_clips(cfg).video(0))
     (folder / "c.txt").unlink()
     aborts("has no caption", vae.open_clips, cfg)
+
+
+def test_bad_files_are_skipped_and_change_no_bit(folder):
+    data = folder / "data"
+    data.mkdir()
+    for i, levels in enumerate(range(20, 220, 10)):                      # 20 films, each of its own gray
+        gray_film(data / f"{i:02d}.mp4", 16, 32, 32, (levels,) * 40)
+        (data / f"{i:02d}.txt").write_text(f"number {i}")
+    good = (data / "03.mp4").read_bytes()
+    cfg = replace(TINY_VAE, data=str(data), fps=8.)
+    gray_film(data / "07.mp4", 16, 32, 32, (0,) * 10)                    # too short
+    (data / "03.mp4").write_bytes(good[:len(good) // 2])
+    (data / "07.txt").write_text("number 7"), (data / "03.txt").write_text("number 3")
+    clips, said = vae.open_clips(cfg), io.StringIO()
+    with contextlib.redirect_stdout(said):
+        for i in (3, 7, 4, 23, 27, 159):
+            video, caption = clips.clip(i)
+            number = i % 20 + (i % 20 in (3, 7))                         # the next one's, with its own caption
+            assert caption == f"number {number}" and abs((video.mean() + 1) * 127.5 - 20 - 10 * number) < 3, i
+    assert [line.split()[1] for line in said.getvalue().splitlines()] == [f"{data}/03.mp4", f"{data}/07.mp4"]
+    for out, changes in (("once", {}), ("workers", {"workers": 2})):
+        vae.main(replace(cfg, out=str(folder / out), **changes))
+    with patch.object(vae, "save", breaking(vae.save, 1)):
+        aborts("broken off", vae.main, replace(cfg, out=str(folder / "twice")))
+    vae.main(replace(cfg, out=str(folder / "twice"), resume=True))
+    once, *others = (vae.load(folder / name / "vae.pt")["model"] for name in ("once", "workers", "twice"))
+    assert all(same(dict(once), dict(other)) for other in others)
+    own = replace(TINY_DIT, data=str(data), out=str(folder / "once"), num_clips=10 ** 6, workers=2)
+    model, text = dit.load_vae(own.out), dit.text_encoder(own)
+    (latents, emb, mask), = dit.encode_clips(own, model, text, 0, 1, "cpu")
+    for i in (3, 7, 4, 159):
+        video, caption = clips.clip(i)
+        close(torch.from_numpy(latents[i]).float(), model.encode(video[None])[0], 1e-3)
+        close(torch.from_numpy(emb[i]).float(), text([caption])[0][0], 1e-3)
+    for changes, word in (({"fps": 9.}, "fps"), ({"text_length": 5}, "text")):
+        own_changed = replace(own, **changes)
+        aborts(f"encoded with other {word}: rename", dit.encode_clips, own_changed, model, text, 0, 1, "cpu")
+    other = vae.VAE(TINY_VAE).eval().requires_grad_(False)
+    aborts("encoded with other vae: rename", dit.encode_clips, own, other, text, 0, 1, "cpu")
+    (data / "05.mp4").write_bytes(good[:100])
+    for workers in (0, 2):
+        aborts("3 of 20 files are skipped, 10% may be", vae.main,
+               replace(cfg, out=str(folder / "no"), workers=workers, steps=300, log_every=1000))
 
 
 # ------------------------------------------------------------------------------------------------ vae.py: the VAE
