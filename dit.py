@@ -537,7 +537,8 @@ def main(cfg):
         with torch.no_grad():
             model.text_mlp[0].bias += model.text_mlp[0].weight @ encode_text.null.to(device)
     if not cfg.steps:
-        save_dit(path, 0, cfg, about, model, model, [])
+        if rank == 0:
+            save_dit(path, 0, cfg, about, model, model, [])
         figures = dict(parameters=sum(p.numel() for p in model.parameters()))
         return summary("DIT", figures, began, "python sample.py, or python prune.py --data FOLDER")
     cache = encode_clips(cfg, vae, encode_text, rank, world, device)

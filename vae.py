@@ -923,7 +923,8 @@ def main(cfg):
                           ((cfg.batch_size, (3, cfg.frames, *cfg.size)), (1, shape)))
         return dry_run("VAE", vae, lambda: vae(video, cfg)[0], lambda: vae.decode(latents))
     if not cfg.steps:
-        save(path, stage="vae", step=0, config=asdict(cfg), model=vae.state_dict())
+        if rank == 0:
+            save(path, stage="vae", step=0, config=asdict(cfg), model=vae.state_dict())
         figures = dict(parameters=sum(p.numel() for p in vae.parameters()))
         return summary("VAE", figures, began, "python dit.py --init TRANSFORMER")
     optimizers = make_optimizers(vae, cfg.lr, cfg.muon_lr)
