@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from einops import rearrange
 
 import dit
-from dit import (Attention, Block, DiT, LaterStage, WordEncoder, add_noise, average, draw_batch, encode_clips,
-                 euler_times, generate, load_dit, load_vae, recipe, rms_norm, sample, save_dit, score_samples,
-                 test_captions)
+from dit import (Attention, Block, DiT, LaterStage, add_noise, average, draw_batch, encode_clips, euler_times, generate,
+                 load_dit, load_vae, recipe, rms_norm, sample, save_dit, score_samples, test_captions, text_encoder)
 from vae import (VAE, Abort, VAEConfig, dry_run, flag, launch, make_optimizers, parallel, print0, progress, resume,
                  setup, summary, update, write_png)
 
@@ -261,7 +260,7 @@ def ablation(cfg, path, teacher, vae, about, *rest):
 def speed(teacher, ema, vae, about, student):
     """Network evaluations a clip; medians of the time to denoise one, in turns, and to decode it; frames a second."""
     device = teacher.proj_in.weight.device
-    text = [y.to(device) for y in WordEncoder(about.text_dim, about.text_length)(test_captions(about, "full", 1)[0])]
+    text = [y.to(device) for y in text_encoder(about)(test_captions(about, "full", 1)[0])]
     noise = torch.randn(1, *vae.latent_shape(about.frames, *about.size), device=device)
 
     def seconds(call, *args):
@@ -303,7 +302,7 @@ def main(cfg):
     vae = load_vae(about.out, device, about.vae)
     print0(f"distill: {init}, {sum(p.numel() for p in teacher.parameters()):,} parameters, {about.num_steps} steps of "
            f"guidance {about.guidance_scale:g} -> {cfg.num_steps} without; {world} x {device.type}")
-    encode_text = WordEncoder(about.text_dim, about.text_length)
+    encode_text = text_encoder(about)
     cache = encode_clips(about, vae, encode_text, rank, world, device)
     if cfg.ablation and about.data != "synthetic":
         raise Abort("--ablation reads the synthetic clips' attributes; this generator was trained on a folder")

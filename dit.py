@@ -11,7 +11,8 @@ import hashlib
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,8 +23,8 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from vae import (VAE, Abort, DataConfig, Stage, VAEConfig, barrier, caption, draw, dry_run, flag, launch, load,
-                 make_optimizers, open_clips, parallel, print0, progress, reconstruct_clips, resume, save, score, setup,
-                 summary, update, words, write_png)
+                 make_optimizers, open_clips, parallel, print0, progress, read_ltx, reconstruct_clips, resume, save,
+                 score, setup, summary, update, words, write_png)
 
 # ------------------------------------------------------------------------------------------------ the model
 # LTX-Video's transformer [9], module for module. It is exported to Core ML, so shapes inside are static ints.
@@ -177,6 +178,32 @@ class DiT(nn.Module):
         return self.unembed(x, embedded, latents.shape[2:])
 
 
+LTX_NAMES = (("transformer_blocks", "blocks"), ("attn1", "self_attn"), ("attn2", "cross_attn"), ("to_out.0", "to_out"),
+             (r"(norm_.)\.weight", r"\1"), ("scale_shift_table", "table"), ("ff.net.0.proj", "ffn.up"),
+             ("ff.net.2", "ffn.down"), ("time_embed.emb.timestep_embedder", "time_mlp"), ("linear_1", "0"),
+             ("linear_2", "2"), ("time_embed.linear", "modulation.1"), ("caption_projection", "text_mlp"))
+
+
+def load_ltx(path, cfg, compression=(8, 32)):
+    """LTX-Video's transformer in diffusers' layout -> DiT of cfg, but for the sizes, which are read off the tensors.
+
+    A head's size is cfg's, as tensors do not tell it. Raises Abort where one is missing, left over or does not fit.
+    """
+    try:
+        tensors = read_ltx(path, LTX_NAMES)
+        rows, columns = ({name: x.shape[side] for name, x in tensors.items() if x.ndim > side} for side in (0, 1))
+        cfg = replace(cfg, depth=sum(name.endswith("ffn.up.weight") for name in tensors), width=rows["proj_in.bias"],
+                      num_heads=rows["blocks.0.self_attn.norm_q"] // cfg.head_dim, in_channels=rows["proj_out.bias"],
+                      ffn_dim=rows["blocks.0.ffn.up.bias"], text_dim=columns["text_mlp.0.weight"], final_norm="layer",
+                      absolute=False)
+        model = DiT(cfg, cfg.fps, compression)
+        model.load_state_dict(tensors | {k: v for k, v in model.state_dict().items() if k.endswith("head_ids")})
+    except (KeyError, RuntimeError) as error:
+        raise Abort(f"{path} is not LTX-Video's transformer in diffusers' layout: {' '.join(str(error).split())[:200]}"
+                    ) from None
+    return model
+
+
 # ------------------------------------------------------------------------------------------------ text
 class WordEncoder:
     """Captions -> text_emb (B, L, E) and text_mask (B, L): a frozen random vector for each word, plus its position.
@@ -200,6 +227,46 @@ class WordEncoder:
         seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")
         vector = torch.randn(self.dim, generator=torch.Generator().manual_seed(seed))
         return vector * (self.dim ** .5 / vector.norm())
+
+
+class TextEncoder:
+    """Captions -> text_emb (B, L, E) and text_mask (B, L), by an encoder of transformers with last_hidden_state.
+
+    Ours: less what the empty caption gets, so that zeros, which every stage takes for no caption, mean just that.
+    """
+
+    def __init__(self, name, dim, length):
+        try:
+            from transformers import AutoModelForTextEncoding, AutoTokenizer
+        except ImportError:
+            raise Abort("--text_encoder needs transformers: pip install transformers") from None
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            self.model = AutoModelForTextEncoding.from_pretrained(name).eval().requires_grad_(False)
+        except (OSError, ValueError) as error:
+            raise Abort(f"--text_encoder {name} has no tokenizer and encoder: {error}".splitlines()[0]) from None
+        if self.model.config.hidden_size != dim:
+            raise Abort(f"--text_encoder {name} makes {self.model.config.hidden_size} channels: set --text_dim to it")
+        self.model, self.length, self.null = self.model.to("cuda" if torch.cuda.is_available() else "cpu"), length, 0
+        emb, mask = self([""])
+        self.null = emb[mask > 0].mean(0)                                                        # (E,)
+
+    def __call__(self, captions):
+        tokens = self.tokenizer(captions, padding="max_length", truncation=True, max_length=self.length,
+                                return_tensors="pt").to(self.model.device)
+        emb = self.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        mask = tokens.attention_mask.float().cpu()
+        return (emb.float().cpu() - self.null) * mask[..., None], mask
+
+
+@lru_cache
+def make_text_encoder(name, dim, length):
+    return TextEncoder(name, dim, length) if name else WordEncoder(dim, length)
+
+
+def text_encoder(about):
+    """The text encoder of a generator, read once; about: a GeneratorConfig, or what load_dit says."""
+    return make_text_encoder(about.text_encoder, about.text_dim, about.text_length)
 
 
 # ------------------------------------------------------------------------------------------------ rectified flow
@@ -268,10 +335,17 @@ def encode_clips(cfg, vae, encode_text, rank, world, device):
     Returns for each kind of clip the arrays latents (n, C, f, h, w), text_emb (n, L, E) and text_mask (n, L).
     """
     folder, clips, note = Path(cfg.out) / "latents", open_clips(cfg), Path(cfg.out) / "latents" / "about.json"
-    about = dict(vae=fingerprint(vae), data=cfg.data, frames=cfg.frames, size=list(cfg.size), fps=cfg.fps,
-                 seed=cfg.seed, clips=cfg.num_clips, text=[cfg.text_dim, cfg.text_length])
     sizes = {kind: min(len(indices), cfg.num_clips) for kind, indices in clips.kinds.items()}
-    if rank == 0 and not (note.exists() and json.loads(note.read_text()) == about):
+    names = "\n".join(f.name for f in clips.files).encode() if cfg.data != "synthetic" else str(cfg.seed).encode()
+    about = dict(vae=fingerprint(vae), data=cfg.data, files=hashlib.sha256(names).hexdigest()[:16], clips=sizes,
+                 frames=cfg.frames, size=list(cfg.size), fps=cfg.fps,
+                 text=[cfg.text_encoder, cfg.text_dim, cfg.text_length])
+    there = json.loads(note.read_text()) if note.exists() else None
+    if there and there["data"] != "synthetic" and there != about:  # days of work, perhaps
+        changed = " and ".join(key for key in about if there.get(key) != about[key])
+        raise Abort(f"{folder} was encoded with other {changed}: rename or remove it to encode again")
+    barrier(world)  # all have read the note
+    if rank == 0 and there != about:
         folder.mkdir(parents=True, exist_ok=True)
         note.unlink(missing_ok=True)
         for kind, n in sizes.items():
@@ -287,10 +361,11 @@ def encode_clips(cfg, vae, encode_text, rank, world, device):
         *cache[kind], done = (np.load(folder / f"{kind}.{name}.npy", mmap_mode="r+")
                               for name in ("latents", "text_emb", "text_mask", "done"))
         todo = np.flatnonzero(np.asarray(done) == 0)
-        for i, _ in zip(todo[rank::world].tolist(), progress(0, len(todo) // world + 1)):
-            clip = clips.kinds[kind][i]
-            emb, mask = encode_text([clips.caption(clip)])
-            for array, value in zip(cache[kind], (vae.encode(clips.video(clip)[None].to(device)), emb, mask)):
+        rows = todo[rank::world].tolist()
+        loader = torch.utils.data.DataLoader([clips.kinds[kind][i] for i in rows], None, num_workers=cfg.workers,
+                                             collate_fn=clips.clip, generator=torch.Generator())
+        for i, (video, said), _ in zip(rows, loader, progress(0, len(rows))):
+            for array, value in zip(cache[kind], (vae.encode(video[None].to(device)), *encode_text([said]))):
                 array[i] = value[0].cpu().numpy()
             done[i] = 1
         print0(f"{folder}: {n} {kind}, {n - len(todo)} of them encoded before")
@@ -314,8 +389,9 @@ def drop_captions(text_emb, text_mask, share):
 @dataclass
 class GeneratorConfig(DiTConfig, DataConfig):
     """What a generator is and makes; it travels with the checkpoints of every stage from here on."""
+    text_encoder: str = flag("", "folder or Hugging Face name of T5 or another encoder; not given: a vector per word")
     num_clips: int = flag(4000, "clips that are encoded and trained on, at most")
-    text_length: int = flag(12, "words of a caption, the rest is cut off")
+    text_length: int = flag(12, "words or tokens of a caption, the rest is cut off")
     num_steps: int = flag(40, "denoising steps of a sample")
     guidance_scale: float = flag(2., "classifier-free guidance of the 40-step recipe")
     shift: float = flag(6., "Ours: above 1, more of the sampling steps go near noise [6]")
@@ -325,6 +401,7 @@ class GeneratorConfig(DiTConfig, DataConfig):
 
 @dataclass
 class Config(GeneratorConfig):
+    init: str = flag("", "LTX-Video's transformer to start from, as vae.py's --init; with --steps 0 to take as it is")
     steps: int = flag(1900, "training steps")
     batch_size: int = flag(24, "clips per process and step")
     lr: float = flag(3e-3, "AdamW's learning rate")
@@ -409,7 +486,7 @@ def test_captions(cfg, split, count):
     """Captions that no clip was trained on and the attributes (n, 4) that they say; of a folder, its own and None."""
     clips = open_clips(cfg, split)
     if cfg.data != "synthetic":
-        return [clips.caption(i % len(clips.items)) for i in range(count)], None
+        return [clips.caption(i % len(clips.files)) for i in range(count)], None
     said = torch.stack([clips.attributes(i)[1] for i in range(count)])
     return [caption(a) for a in said.tolist()], said
 
@@ -417,7 +494,7 @@ def test_captions(cfg, split, count):
 def score_samples(model, vae, about, split, count, times, guidance_scale):
     """vae.score of samples for `count` captions of a test set of the synthetic clips."""
     captions, said = test_captions(about, split, count)
-    text = WordEncoder(about.text_dim, about.text_length)(captions)
+    text = text_encoder(about)(captions)
     shape = vae.latent_shape(about.frames, *about.size)
     return score(generate(model, vae, text, shape, times, guidance_scale), said)
 
@@ -425,7 +502,7 @@ def score_samples(model, vae, about, split, count, times, guidance_scale):
 def contact_sheet(path, model, vae, about):
     """Write a film of samples for the first eight of the full test set's captions."""
     captions, _ = test_captions(about, "full", 8)
-    text = WordEncoder(about.text_dim, about.text_length)(captions)
+    text = text_encoder(about)(captions)
     video = generate(model, vae, text, vae.latent_shape(about.frames, *about.size), *recipe(about))
     write_png(path, rearrange(video, "(r k) c f h w -> c f (r h) (k w)", r=2), about.fps)
 
@@ -438,10 +515,13 @@ def average(ema, model, rate, step):
 def main(cfg):
     """Train the DiT; returns the figures of its summary line."""
     began, (device, rank, world) = time.time(), setup(cfg.seed)
-    path, encode_text = Path(cfg.out) / "dit.pt", WordEncoder(cfg.text_dim, cfg.text_length)
+    path = Path(cfg.out) / "dit.pt"
     with torch.device("meta" if cfg.dry_run else device):
         vae = VAE(VAEConfig()) if cfg.dry_run else load_vae(cfg.out, device)
-        model = DiT(cfg, cfg.fps, vae.compression)
+        if cfg.init and not cfg.text_encoder:
+            raise Abort("--init: LTX's weights know no captions but T5's: give the folder of their --text_encoder")
+        model = load_ltx(cfg.init, cfg, vae.compression) if cfg.init else DiT(cfg, cfg.fps, vae.compression)
+    cfg = model.cfg
     shape = vae.latent_shape(cfg.frames, *cfg.size)
     if cfg.dry_run:
         clip = torch.empty(cfg.batch_size, *shape, device="meta")
@@ -450,8 +530,17 @@ def main(cfg):
                        lambda: model(clip[:1], t[:1], text[:1], text[:1, :, 0]))
     print0(f"dit: depth {cfg.depth}, width {cfg.width}, {cfg.num_heads} heads of {cfg.head_dim}, FFN {cfg.ffn_dim}: "
            f"{sum(p.numel() for p in model.parameters()):,} parameters; latents {shape}; {world} x {device.type}")
-    about = SimpleNamespace(**{f.name: getattr(cfg, f.name) for f in fields(GeneratorConfig)},
-                            vae=fingerprint(vae), compression=vae.compression, words=words(cfg))
+    about = SimpleNamespace(**{f.name: getattr(cfg, f.name) for f in fields(GeneratorConfig)}, vae=fingerprint(vae),
+                            compression=vae.compression, words=[] if cfg.text_encoder else words(cfg))
+    encode_text = text_encoder(cfg)
+    if cfg.init:  # our embeddings are less than LTX's by the empty caption's
+        with torch.no_grad():
+            model.text_mlp[0].bias += model.text_mlp[0].weight @ encode_text.null.to(device)
+    if not cfg.steps:
+        if rank == 0:
+            save_dit(path, 0, cfg, about, model, model, [])
+        figures = dict(parameters=sum(p.numel() for p in model.parameters()))
+        return summary("DIT", figures, began, "python sample.py, or python prune.py --data FOLDER")
     cache = encode_clips(cfg, vae, encode_text, rank, world, device)
     ema, optimizers = copy.deepcopy(model).requires_grad_(False), make_optimizers(model, cfg.lr, cfg.muon_lr)
     start = resume(path, cfg, {"model": model, "ema": ema}, optimizers) if cfg.resume else 0

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dit
 import vae as vae_stage
-from dit import LaterStage, WordEncoder, add_noise, build, find_generator, load_dit, load_vae, recipe, sample
+from dit import LaterStage, add_noise, build, find_generator, load_dit, load_vae, recipe, sample, text_encoder
 from vae import VAE, Abort, flag, launch, open_clips, print0, setup, summary
 
 logging.getLogger("coremltools").setLevel(logging.ERROR)  # away from a Mac it warns at length that it cannot predict
@@ -230,7 +230,7 @@ def check(modules, programs, about, bits, whole):
         print0(f"check SKIPPED: OPS lacks {', '.join(unknown)}")
         return {}
     clips, times, at, errors = open_clips(about, "full"), recipe(about)[0], lambda t: torch.tensor([t]), {}
-    text = WordEncoder(about.text_dim, about.text_length)([clips.caption(0)])
+    text = text_encoder(about)([clips.caption(0)])
     x0 = rgb.vae.encode(clips.video(0)[None])
     x = noise = torch.randn_like(x0)
 
@@ -317,7 +317,8 @@ def main(cfg):
         return summary("EXPORT_IOS", counted)
     figures, programs, modules = {}, [], packaged(model, vae)
     metadata = {key: getattr(about, key) for key in ("guidance_scale", "text_length", "text_dim", "frames", "fps")}
-    metadata |= dict(times=times, size=list(about.size), bits=cfg.bits, checkpoint=path, text_encoder="dit.WordEncoder")
+    metadata |= dict(times=times, size=list(about.size), bits=cfg.bits, checkpoint=path,
+                     text_encoder=about.text_encoder or "dit.WordEncoder")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as folder:  # on the packages' disk, so that to move is to rename
         for name, module in modules.items():

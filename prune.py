@@ -25,9 +25,9 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
 import dit
-from dit import (LaterStage, WordEncoder, add_noise, average, build, contact_sheet, draw_batch, drop_captions,
+from dit import (LaterStage, add_noise, average, build, contact_sheet, draw_batch, drop_captions,
                  encode_clips, flow_matching_loss, load_dit, load_vae, logit_normal, recipe, save_dit, score_samples,
-                 test_captions)
+                 test_captions, text_encoder)
 from vae import (Abort, dry_run, flag, launch, load, make_optimizers, parallel, print0, progress, resume, setup,
                  summary, update)
 
@@ -369,7 +369,7 @@ def main(cfg):
         return dry_run("PRUNE", student.model, lambda: sum(student(teacher, x, x, *rest)),
                        lambda: student.model(*step_inputs(about, shape, 1, "meta")))
     vae = load_vae(about.out, device, about.vae)
-    cache = encode_clips(about, vae, WordEncoder(about.text_dim, about.text_length), rank, world, device)
+    cache = encode_clips(about, vae, text_encoder(about), rank, world, device)
     draw = partial(batch, cfg, about, cache, device)
     if cfg.sensitivity:
         return summary("PRUNE", sensitivity(cfg, teacher, vae, about, draw, run), began)

