@@ -217,10 +217,10 @@ class WordEncoder:
 
     def __call__(self, captions):
         emb, mask = torch.zeros(len(captions), self.length, self.dim), torch.zeros(len(captions), self.length)
-        for i, words in enumerate(caption.lower().split()[:self.length] for caption in captions):
-            for j, word in enumerate(words):
+        for i, spoken in enumerate(caption.lower().split()[:self.length] for caption in captions):
+            for j, word in enumerate(spoken):
                 emb[i, j] = self.vector(word) + self.position[j]
-            mask[i, :len(words)] = 1
+            mask[i, :len(spoken)] = 1
         return emb, mask
 
     def vector(self, word):
