@@ -103,8 +103,10 @@ def convert(path, module, bits, metadata):
     """Write a module as a Core ML package for iOS 18 with static shapes, fp16 but for in_fp32, unless bits is 32."""
     import coremltools as ct  # takes seconds
     from coremltools.optimize.coreml import OpLinearQuantizerConfig, OptimizationConfig, linear_quantize_weights
+    if bits < 32 and (beyond := [k for k, x in module.state_dict().items() if not x.abs().max() <= 65504]):
+        raise Abort(f"{beyond[0]} has values that fp16 cannot hold, no package is kept: try --bits 32")
     half, movedim = ct.transform.FP16ComputePrecision(lambda op: not in_fp32(op)), torch.ops.aten.movedim.int
-    # Its search of the weights for what fp16 cannot hold takes 2.7 GB at paper size, and our check finds the same.
+    # Its own search of the weights for these takes 2.7 GB at paper size.
     no_search = patch.object(ct.transform.FP16ComputePrecision, "fp16_overflow", return_value=False)
     with no_search, patch.object(sys, "stderr", io.StringIO()):  # progress bars and tracer's warnings
         # Exporting makes shapes plain numbers; those that are only traced fail to convert on numpy 2.4. Tracing keeps
@@ -238,7 +240,8 @@ def check(modules, programs, about, bits, whole):
         error, bound = ((ours - true).norm() / true.norm()).item(), BOUNDS[bits][kind == "run_error"]
         print0(f"{what:48} relative error {error:.1e}, at most {bound:g}")
         if not error <= bound:  # nor is NaN
-            raise Abort(f"{what}: relative error {error:.1e} is above {bound:g}, no package is kept: try more --bits")
+            raise Abort(f"{what}: relative error {error:.1e} is above {bound:g}, no package is kept"
+                        f"{': try more --bits' * (bits < 32)}")
         errors[kind] = max(error, errors.get(kind, 0))
 
     for t, t_next in zip(times, times[1:]):

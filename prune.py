@@ -25,9 +25,9 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
 import dit
-from dit import (LaterStage, add_noise, average, build, contact_sheet, draw_batch, drop_captions,
-                 encode_clips, flow_matching_loss, load_dit, load_vae, logit_normal, recipe, save_dit, score_samples,
-                 test_captions, text_encoder)
+from dit import (LaterStage, add_noise, average, build, contact_sheet, draw_batch, drop_captions, encode_clips,
+                 flow_matching_loss, load_dit, load_vae, logit_normal, recipe, save_dit, score_samples, test_captions,
+                 text_encoder)
 from vae import (Abort, dry_run, flag, launch, load, make_optimizers, parallel, print0, progress, resume, setup,
                  summary, update)
 

@@ -90,10 +90,9 @@ def score_table(cfg, model, vae, text, shape, recipe, trained):
 def vbench_prompts(path):
     """Prompts of VBench_full_info.json, or of a text file named by their dimension, and how many videos of each."""
     try:
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-        listed = json.loads(path.read_text()) if path.suffix == ".json" else [
-            dict(prompt_en=line, dimension=[path.stem]) for line in lines]
-        counts = {}
+        text, counts = path.read_text(), {}
+        listed = json.loads(text) if path.suffix == ".json" else [
+            dict(prompt_en=line.strip(), dimension=[path.stem]) for line in text.splitlines() if line.strip()]
         for entry in listed:
             count = 25 if "temporal_flickering" in entry["dimension"] else 5
             counts[entry["prompt_en"]] = max(count, counts.get(entry["prompt_en"], 0))

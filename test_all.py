@@ -1377,6 +1377,8 @@ def test_check_catches_what_is_wrong():
         assert check() == {}                                                         # and says SKIPPED
     model.proj_in.weight *= 1e5  # tokens that fp16 cannot hold, and fp32 can
     aborts("error nan", check, 0, [32, 8], lambda weight: weight * 1e5)
+    model.proj_in.weight *= 1e3  # nor can it hold these weights, which coremltools would make infinite
+    aborts("proj_in.weight has values that fp16 cannot hold", export_ios.convert, None, modules["denoiser"], 16, {})
 
 
 def test_only_good_packages_replace_others(folder):
