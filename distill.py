@@ -303,15 +303,12 @@ def speed(teacher, ema, vae, about, student):
 def describe(cfg, n):
     """What vae.dry_run counts, for n clips at a time, of distilling what dit.py's preset describes."""
     about = dit.Config(**dit.PRESETS[cfg.preset])
-    (model, teacher), shape = (DiT(about) for _ in "12"), VAE(VAEConfig()).latent_shape(about.frames, *about.size)[1:]
+    (model, teacher, ema), shape = (DiT(about) for _ in "123"), VAE(VAEConfig()).latent_shape(about.frames, *about.size)[1:]
     discriminator = Discriminator(teacher.requires_grad_(False), cfg.trunk, cfg.head)
     prepare([*model.blocks, *teacher.blocks, *discriminator.heads], cfg)
     losses, (x, t, *text) = Adversaries(cfg, model, discriminator), step_inputs(about, shape, n)
-
-    def both(*batch):
-        return losses.discriminator_loss(*batch)[0] + losses.generator_loss(*batch)[0]
-
-    return ([model, discriminator.heads], [teacher, copy.deepcopy(model)], [(cfg.steps, both, (x, t, t, x, x, *text))],
+    phases = [(cfg.steps, loss, (x, t, t, x, x, *text)) for loss in (losses.discriminator_loss, losses.generator_loss)]
+    return ([model, discriminator.heads], [teacher, ema], phases,
             lambda: model(*step_inputs(about, shape, 1)))
 
 

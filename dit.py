@@ -528,10 +528,10 @@ def step_inputs(about, latent_shape, count, device=None):
 
 def describe(cfg, n):
     """What vae.dry_run counts, for n clips at a time."""
-    model, shape = DiT(cfg, cfg.fps), VAE(VAEConfig()).latent_shape(cfg.frames, *cfg.size)[1:]
+    (model, ema), shape = (DiT(cfg) for _ in "12"), VAE(VAEConfig()).latent_shape(cfg.frames, *cfg.size)[1:]
     prepare(model.blocks, cfg)
     x, *rest = step_inputs(cfg, shape, n)
-    return ([model], [copy.deepcopy(model)], [(cfg.steps, partial(flow_matching_loss, model), (x, x, *rest))],
+    return ([model], [ema], [(cfg.steps, partial(flow_matching_loss, model), (x, x, *rest))],
             lambda: model(*step_inputs(cfg, shape, 1)))
 
 

@@ -344,16 +344,18 @@ PRESETS = {"toy": {}, "paper": PAPER | dict(  # Sec. 4.2.1. Ours: the numbers of
     ema=.9999)}
 
 
-def describe(cfg, about, small, candidates, n):
+def describe(cfg, about, kept, n):
     """What vae.dry_run counts, for n clips at a time: the search, and fine-tuning, which needs more memory."""
     teacher, shape = build(about).requires_grad_(False), (1 + about.frames // 8, *(n // 32 for n in about.size))
-    module, student = Search(teacher, candidates), make_student(cfg, build(small), teacher)
-    prepare([*teacher.blocks, *student.model.blocks], cfg)
+    module = Search(teacher, Candidates(about, cfg.groups, kept))
+    model, ema = (build(shrink(about, cfg.groups, kept)) for _ in "12")
+    student = make_student(cfg, model, teacher)
+    prepare([*teacher.blocks, *model.blocks], cfg)
     x, *rest = step_inputs(about, shape, n)
     searching = cfg.search_steps, partial(module, 1.), (x, x, *rest, *gumbel(module.logits, n))
-    return ([student.model, student.affine], [teacher, copy.deepcopy(student.model)],
+    return ([model, student.affine], [teacher, ema],
             [searching, (cfg.steps, partial(student, teacher), (x, x, *rest))],
-            lambda: student.model(*step_inputs(about, shape, 1)))
+            lambda: model(*step_inputs(about, shape, 1)))
 
 
 def main(cfg):
@@ -369,7 +371,7 @@ def main(cfg):
         count = f"{math.comb(whole, part):,}" if whole < 99 else f"10^{math.log10(math.comb(whole, part)):.0f}"
         print0(f"  {level:10} {part} of {whole}: {len(masks)} choices in each {masks.shape[1]}; {count} without groups")
     if cfg.dry_run:
-        return dry_run("PRUNE", cfg, partial(describe, cfg, about, small, candidates))
+        return dry_run("PRUNE", cfg, partial(describe, cfg, about, kept))
     vae = load_vae(about.out, device, about.vae)
     cache = encode_clips(about, vae, text_encoder(about), device)
     draw = partial(training_batch, cfg, about, cache, device)

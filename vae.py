@@ -32,7 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------ plumbing
@@ -270,14 +270,15 @@ for op in "_scaled_dot_product_flash_attention{}", "_scaled_dot_product_flash_at
     flop_registry[getattr(torch.ops.aten, op.format("_for_cpu"))] = flop_registry[getattr(torch.ops.aten, op.format(""))]
 
 
-class Memory(TorchDispatchMode):
-    """Bytes of the tensors that are made under it, now and at most."""
-    now = most = 0
+class Meter(TorchDispatchMode):
+    """Counts the FLOPs of what is computed under it, and the bytes of what is made: now and at most."""
+    flops = now = most = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         storages = lambda tree: {x.untyped_storage()._cdata: x.untyped_storage() for x in tree_leaves(tree)
                                  if isinstance(x, torch.Tensor)}
-        result, old = function(*args, **kwargs or {}), storages((args, kwargs))
+        result, old = function(*args, **(kwargs := kwargs or {})), storages((args, kwargs))
+        self.flops += flop_registry.get(function.overloadpacket, lambda *_, **__: 0)(*args, **kwargs, out_val=result)
         for key, storage in storages(result).items():
             if key not in old:                                                       # no view
                 self.add(storage.nbytes())
@@ -295,27 +296,26 @@ def dry_run(stage, cfg, describe):
     describe(n), for n clips at a time, returns modules that are trained, other ones that are kept in memory, phases
     (steps, loss and batch as for update) and what makes a sample or a step of it.
     """
-    work, activations, parts = 0, 0, cfg.gpus * cfg.accumulate
+    work, parts, training, inference = 0, cfg.gpus * cfg.accumulate, Meter(), Meter()
     with FakeTensorMode():
         trained, others, phases, infer = describe(cfg.batch_size // parts)
         weights, rest = ({p: p.numel() for m in modules for p in m.parameters()} for modules in (trained, others))
+        for p in weights:
+            p.grad = torch.zeros_like(p)                                             # as in a second micro-batch
         for steps, loss, batch in phases:
-            for p in weights:
-                p.grad = torch.zeros_like(p)                                         # as in a second micro-batch
-            with FlopCounterMode(display=False) as flops, Memory() as memory:
+            training.flops = 0
+            with training:
                 with torch.autocast("cpu", torch.bfloat16, enabled=cfg.bf16):
                     value = loss(*batch).reshape(-1)[0]
                 value.backward()
-            del value
-            work += steps * parts * flops.get_total_flops()
-            activations = max(activations, memory.most)
-        with FlopCounterMode(display=False) as inference, torch.no_grad():
+            work += steps * parts * training.flops
+        with inference, torch.no_grad():
             infer()
     count, held = sum(weights.values()), sum((weights | rest).values())
-    memory = dict(weights_gb=4 * held, gradients_gb=4 * count, adamw_gb=8 * count, activations_gb=activations)
+    sizes = dict(weights_gb=4 * held, gradients_gb=4 * count, adamw_gb=8 * count, activations_gb=training.most)
     figures = dict(parameters=sum(p.numel() for p in trained[0].parameters()), tflops_a_step=work / cfg.steps / 1e12,
-                   tflops_to_infer=inference.get_total_flops() / 1e12, **{k: n / 1e9 for k, n in memory.items()},
-                   gb_a_gpu=sum(memory.values()) / 1e9, gpus=cfg.gpus,
+                   tflops_to_infer=inference.flops / 1e12, **{k: n / 1e9 for k, n in sizes.items()},
+                   gb_a_gpu=sum(sizes.values()) / 1e9, gpus=cfg.gpus,
                    hours=work / (cfg.gpus * cfg.gpu_tflops * 1e12 * cfg.utilisation) / 3600)
     return summary(stage, figures)
 
