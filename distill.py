@@ -303,7 +303,8 @@ def speed(teacher, ema, vae, about, student):
 def describe(cfg, n):
     """What vae.dry_run counts, for n clips at a time, of distilling what dit.py's preset describes."""
     about = dit.Config(**dit.PRESETS[cfg.preset])
-    (model, teacher, ema), shape = (DiT(about) for _ in "123"), VAE(VAEConfig()).latent_shape(about.frames, *about.size)[1:]
+    shape = VAE(VAEConfig()).latent_shape(about.frames, *about.size)[1:]
+    model, teacher, ema = (DiT(about) for _ in "123")
     discriminator = Discriminator(teacher.requires_grad_(False), cfg.trunk, cfg.head)
     prepare([*model.blocks, *teacher.blocks, *discriminator.heads], cfg)
     losses, (x, t, *text) = Adversaries(cfg, model, discriminator), step_inputs(about, shape, n)

@@ -1186,20 +1186,78 @@ def test_ablation_has_every_row(folder):
 
 
 # ------------------------------------------------------------------------------------------------ training at scale
+STAGES = {vae: ("vae", TINY_VAE), dit: ("dit", TINY_DIT), prune: ("pruned", TINY_PRUNE), distill: ("distilled",
+                                                                                              TINY_DISTILL)}
+
+
 def train_all(folder, **changes):
-    """Train each stage for a few steps in a copy of trained()."""
-    for module, cfg in ((vae, TINY_VAE), (dit, TINY_DIT), (prune, TINY_PRUNE), (distill, TINY_DISTILL)):
-        out = folder / module.__name__
-        shutil.copytree(trained(), out, dirs_exist_ok=True) if not out.exists() else None
+    """Train each stage for a few steps in its copy of trained()."""
+    for module, (_, cfg) in STAGES.items():
+        changes |= dict(out=str(folder / module.__name__))
         with patch.object(prune, "PHONE", (1, 4, 4)):
-            module.main(replace(cfg, out=str(out), init="", score_clips=0, **changes) if module is not vae else
-                        replace(cfg, out=str(out), **changes))
+            module.main(replace(cfg, **changes if module is vae else changes | dict(score_clips=0)))
 
 
-def movement(folder):
-    """By stage and name, how far each weight is from where it started."""
-    names = {"vae": "vae", "dit": "dit", "prune": "pruned", "distill": "distilled"}
-    return {s: vae.load(folder / s / f"{c}.pt")["model"] for s, c in names.items()}
+def weights(folder):
+    """What train_all makes in a new folder."""
+    return [torch.cat([v.flatten() for v in vae.load(folder / module.__name__ / f"{name}.pt")["model"].values()])
+            for module, (name, _) in STAGES.items()]
+
+
+def copies(folder):
+    """What each stage needs to start in folder/STAGE, without what it makes itself."""
+    for module, (name, _) in STAGES.items():
+        shutil.copytree(trained(), folder / module.__name__, ignore=shutil.ignore_patterns(f"{name}.pt", "export*"))
+    return folder
+
+
+@lru_cache
+def alone():
+    """Weights after a few steps of each stage, in one process that takes whole batches."""
+    with tempfile.TemporaryDirectory() as folder:
+        train_all(copies(Path(folder)))
+        return weights(Path(folder))
+
+
+def test_micro_batches_and_recomputing_change_nothing(folder):
+    train_all(copies(folder), accumulate=2, checkpointing=True)
+    for ours, whole in zip(weights(folder), alone(), strict=True):
+        close(ours, whole)
+
+
+def test_bf16_is_close(folder):
+    train_all(copies(folder), bf16=True)
+    for ours, whole in zip(weights(folder), alone(), strict=True):
+        assert 1e-6 < (ours - whole).norm() / whole.norm() < 1e-2
+
+
+JOB = """
+import os, pathlib, signal, sys
+sys.path.insert(0, {here!r})
+import test_all, vae
+update, folder = vae.update, pathlib.Path({folder!r})
+
+def dies_once(loss, batch, optimizers, step, *rest):
+    if step == 3 and vae.RANK == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return update(loss, batch, optimizers, step, *rest)
+
+vae.update = dies_once
+sys.argv = ["job.py"]
+vae.launch(lambda _: test_all.train_all(folder, resume=True), vae.Config, vae.PRESETS)
+"""
+
+
+def test_two_processes_do_as_one_though_one_is_killed(folder):
+    copies(folder)
+    (folder / "job.py").write_text(JOB.format(here=str(Path(vae.__file__).parent), folder=str(folder)))
+    end = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1",
+                          str(folder / "job.py")], capture_output=True, text=True)
+    print(end.stdout, end.stderr)
+    assert end.returncode == 0 and end.stderr.count("another process of this job has ended") == 1
+    assert end.stdout.count("vae.pt is not there yet: starting from scratch") == 1
+    for ours, whole in zip(weights(folder), alone(), strict=True):
+        close(ours, whole)
 
 
 # ------------------------------------------------------------------------------------------------ export_ios.py

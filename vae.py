@@ -231,7 +231,8 @@ def prepare(blocks, cfg):
     for block in blocks if cfg.compile or cfg.checkpointing else []:
         forward = type(block).forward
         if cfg.compile and not cfg.dry_run:
-            forward = torch.compile(forward)
+            torch._dynamo.config.recompile_limit = 64                                # once for each size of a block
+            forward = torch.compile(forward, dynamic=False)
         block.forward = partial(forward, block)  # which deepcopy understands
         if cfg.checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
@@ -256,8 +257,8 @@ def update(loss, batch, optimizers, step, cfg, path):
         x.copy_(whole)
     length = nn.utils.clip_grad_norm_(params, cfg.clip) if cfg.clip else means[0]
     if not (means[0] + length).isfinite():
-        raise Abort(f"loss is {means[0].item()} at step {step + 1}, its gradient {length.item()} long: not taken; {path} "
-                    "is as last saved: start again with a lower --lr (and --muon_lr)")
+        raise Abort(f"loss is {means[0].item()} at step {step + 1}, its gradient {length.item()} long: not taken; "
+                    f"{path} is as last saved: start again with a lower --lr (and --muon_lr)")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("peak", group["lr"]) * learning_rate(step, cfg.steps)
@@ -266,8 +267,9 @@ def update(loss, batch, optimizers, step, cfg, path):
     return means
 
 
-for op in "_scaled_dot_product_flash_attention{}", "_scaled_dot_product_flash_attention{}_backward":  # torch forgot it
-    flop_registry[getattr(torch.ops.aten, op.format("_for_cpu"))] = flop_registry[getattr(torch.ops.aten, op.format(""))]
+for way in "", "_backward":  # torch counts a CPU's attention as nothing
+    gpu, cpu = (getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{x}{way}") for x in ("", "_for_cpu"))
+    flop_registry[cpu] = flop_registry[gpu]
 
 
 class Meter(TorchDispatchMode):
