@@ -10,6 +10,7 @@ import copy
 import hashlib
 import json
 import math
+import shutil
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
@@ -354,6 +355,9 @@ def encode_clips(cfg, vae, encode_text, device):
             latent = vae.latent_shape(1 if kind == "images" else cfg.frames, *cfg.size)
             shapes = dict(latents=latent, text_emb=(cfg.text_length, cfg.text_dim), text_mask=(cfg.text_length,),
                           done=())
+            size = 2 * n * sum(map(math.prod, shapes.values()))
+            if size > shutil.disk_usage(folder).free:                    # a full disk would kill who writes to a map
+                raise Abort(f"{folder} needs {size / 1e9:.1f} GB, which the disk has not: give another --out")
             for name, shape in shapes.items():
                 np.lib.format.open_memmap(folder / f"{kind}.{name}.npy", "w+", np.float16, (n, *shape))
         note.write_text(json.dumps(about))

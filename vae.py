@@ -126,7 +126,8 @@ def setup(cfg):
     if cuda:
         torch.cuda.set_device(device)
     if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        with together():
+            dist.init_process_group("nccl" if cuda else "gloo")
     torch.manual_seed(cfg.seed)
     return device
 
