@@ -19,6 +19,7 @@ import weakref
 import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -127,7 +128,7 @@ def setup(cfg):
         torch.cuda.set_device(device)
     if WORLD > 1 and not dist.is_initialized():
         with together():
-            dist.init_process_group("nccl" if cuda else "gloo")
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))  # some encode for longer
     torch.manual_seed(cfg.seed)
     return device
 
@@ -256,10 +257,11 @@ def update(loss, batch, optimizers, step, cfg, path):
         with together():
             dist.all_reduce(whole := x.contiguous())
         x.copy_(whole)
-    length = nn.utils.clip_grad_norm_(params, cfg.clip) if cfg.clip else means[0]
-    if not (means[0] + length).isfinite():
-        raise Abort(f"loss is {means[0].item()} at step {step + 1}, its gradient {length.item()} long: not taken; "
-                    f"{path} is as last saved: start again with a lower --lr (and --muon_lr)")
+    lengths = {"its gradient's length": nn.utils.clip_grad_norm_(params, cfg.clip)} if cfg.clip else {}
+    for name, value in {"loss": means[0], **lengths}.items():
+        if not value.isfinite():
+            raise Abort(f"{name} is {value.item()} at step {step + 1}, which is not taken; {path} is as last saved: "
+                        "start again with a lower --lr (and --muon_lr)")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("peak", group["lr"]) * learning_rate(step, cfg.steps)
@@ -316,7 +318,7 @@ def dry_run(stage, cfg, describe):
             infer()
     count, held = sum(weights.values()), sum((weights | rest).values())
     sizes = dict(weights_gb=4 * held, gradients_gb=4 * count, adamw_gb=8 * count, activations_gb=training.most)
-    figures = dict(parameters=sum(p.numel() for p in trained[0].parameters()), tflops_a_step=work / cfg.steps / 1e12,
+    figures = dict(parameters=sum(p.numel() for p in trained[0].parameters()), tflops_a_step=work / max(1, cfg.steps) / 1e12,
                    tflops_to_infer=inference.flops / 1e12, **{k: n / 1e9 for k, n in sizes.items()},
                    gb_a_gpu=sum(sizes.values()) / 1e9, gpus=cfg.gpus,
                    hours=work / (cfg.gpus * cfg.gpu_tflops * 1e12 * cfg.utilisation) / 3600)
