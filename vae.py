@@ -318,9 +318,9 @@ def dry_run(stage, cfg, describe):
             infer()
     count, held = sum(weights.values()), sum((weights | rest).values())
     sizes = dict(weights_gb=4 * held, gradients_gb=4 * count, adamw_gb=8 * count, activations_gb=training.most)
-    figures = dict(parameters=sum(p.numel() for p in trained[0].parameters()), tflops_a_step=work / max(1, cfg.steps) / 1e12,
-                   tflops_to_infer=inference.flops / 1e12, **{k: n / 1e9 for k, n in sizes.items()},
-                   gb_a_gpu=sum(sizes.values()) / 1e9, gpus=cfg.gpus,
+    figures = dict(parameters=sum(p.numel() for p in trained[0].parameters()),
+                   tflops_a_step=work / max(1, cfg.steps) / 1e12, tflops_to_infer=inference.flops / 1e12,
+                   **{k: n / 1e9 for k, n in sizes.items()}, gb_a_gpu=sum(sizes.values()) / 1e9, gpus=cfg.gpus,
                    hours=work / (cfg.gpus * cfg.gpu_tflops * 1e12 * cfg.utilisation) / 3600)
     return summary(stage, figures)
 
