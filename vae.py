@@ -19,7 +19,6 @@ import weakref
 import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -128,7 +127,7 @@ def setup(cfg):
         torch.cuda.set_device(device)
     if WORLD > 1 and not dist.is_initialized():
         with together():
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))  # some encode for longer
+            dist.init_process_group("nccl" if cuda else "gloo")
     torch.manual_seed(cfg.seed)
     return device
 
