@@ -9,6 +9,7 @@ out/pruned.pt or out/dit.pt -> out/distilled.pt, out/distilled.png (the teacher'
 import copy
 import time
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,17 +21,18 @@ from einops import rearrange
 
 import dit
 from dit import (Attention, Block, DiT, LaterStage, add_noise, average, draw_batch, encode_clips, euler_times, generate,
-                 load_dit, load_vae, recipe, rms_norm, sample, save_dit, score_samples, test_captions, text_encoder)
-from vae import (VAE, Abort, VAEConfig, dry_run, flag, launch, make_optimizers, parallel, print0, progress, resume,
-                 setup, summary, update, write_png)
+                 load_dit, load_vae, recipe, rms_norm, sample, save_dit, score_samples, step_inputs, test_captions,
+                 text_encoder)
+from vae import (PAPER, VAE, WORLD, Abort, Training, VAEConfig, draw_noise, dry_run, flag, launch, make_optimizers,
+                 prepare, print0, progress, resume, setup, share, summary, update, write_png)
 
 
 @dataclass
-class Config(LaterStage):
+class Config(LaterStage, Training):
     init: str = flag("", "generator to distil; not given: out/pruned.pt, or out/dit.pt if there is none")
     steps: int = flag(400, "training steps, the warm start's among them")
     guidance_steps: int = flag(0, "Ours: steps of the warm start, which regresses onto the teacher's guided steps")
-    batch_size: int = flag(24, "clips per process and step")
+    batch_size: int = flag(24)
     lr: float = flag(2e-4, "the generator's learning rate, AdamW")
     head_lr: float = flag(2e-3, "the discriminator's heads'")
     muon_lr: float = flag(.002, "Muon's in the warm start, for the generator's inner matrices")
@@ -44,14 +46,10 @@ class Config(LaterStage):
     ablation: bool = flag(False, "train each part of the method and each head alone, and print the table")
     seeds: int = flag(3, "runs a row of the ablation")
     score_clips: int = flag(48, "unseen captions of each test set whose samples are scored; 0 for none")
-    save_every: int = flag(200, "steps between checkpoints")
-    log_every: int = flag(50, "steps between printed lines")
-    resume: bool = flag(False, "continue an interrupted run from its last checkpoint")
-    dry_run: bool = flag(False, "print parameters, FLOPs and memory, and stop")
 
 
-PRESETS = {"toy": {}, "paper": dict(  # Sec. 5
-    steps=20_000, guidance_steps=0, batch_size=1, lr=1e-6, head_lr=1e-4, trunk=10, save_every=1000)}
+PRESETS = {"toy": {}, "paper": PAPER | dict(  # Sec. 5
+    steps=20_000, guidance_steps=0, batch_size=64, lr=1e-6, head_lr=1e-4, trunk=10, gpus=64)}
 
 
 # ------------------------------------------------------------------------------------------------ the discriminator
@@ -154,25 +152,61 @@ def reconstruction_loss(x0_hat, x0, c):
     return ((x0_hat - x0).flatten(1).square().sum(1) + c ** 2).sqrt().mean() - c  # Eq. (9), reconstruction
 
 
-def level(gradient):
-    """Ours: L_adv's gradient at the fake clips, made as long as L_recon's, sqrt(1 / B), so that one number weighs the
-    two. The paper gives no weight, and a fixed one is too much later on, as the discriminator's slope grows."""
-    return gradient / (gradient.norm() * len(gradient) ** .5).clamp(min=1e-12)
+def level(gradient, weight, batch_size):
+    """Ours: L_adv's gradient at each fake clip, made as long as L_recon's at most, 1 / B, times a weight, so that one
+    number weighs the two. The paper gives none, and a fixed one is too much later on, as D's slope grows."""
+    length = gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1).clamp(min=1e-12)
+    return weight / batch_size * gradient / length
 
 
-def guidance_loss(model, teacher, x0, text, t, t_next, guidance_scale):
+def guidance_loss(model, teacher, t, t_next, guidance_scale, x0, noise, *text):
     """Ours: one unguided step of the model against two guided ones of the teacher, from t to t_next. What guidance
     adds for the caption's sake is not in the real clips, so Eq. 7-9 do not teach it."""
     t_b = torch.full((len(x0),), t, device=x0.device)
-    x_t = add_noise(x0, torch.randn_like(x0), t_b)
+    x_t = add_noise(x0, noise, t_b)
     there = sample(teacher, x_t, *text, [t, (t + t_next) / 2, t_next], guidance_scale)
     return (model(x_t, t_b, *text) - (there - x_t) / (t_next - t)).square().mean()
 
 
 # ------------------------------------------------------------------------------------------------ training
-def train(cfg, path, teacher, about, cache, device, rank, world):
+class Adversaries:
+    """The losses of a step, in which first the discriminator's heads are trained, then the generator."""
+
+    def __init__(self, cfg, generator, discriminator):
+        self.cfg, self.generator, self.discriminator, self.place = cfg, generator, discriminator, None
+
+    def fakes(self, x0, t, t_next, noise, again, *text):
+        """Fake clips, and the generator's guess of the clean ones."""
+        if self.place != x0.storage_offset():  # else both losses are of the same clips
+            x_t = add_noise(x0, noise, t)
+            velocity = self.generator(x_t, t, *text)
+            self.place, self.made = x0.storage_offset(), (jump(x_t, velocity, t, t_next), jump(x_t, velocity, t, 0 * t))
+        return self.made
+
+    def discriminator_loss(self, *batch):
+        """The heads' loss, the mean scores of real and fake clips, and how many are right."""
+        fake, (x0, _, t_next, _, again, *text) = self.fakes(*batch)[0].detach(), batch
+        real = add_noise(x0, again, t_next)  # Eq. (7), real
+        self.discriminator.heads.requires_grad_(True)
+        both = self.discriminator(torch.cat([real, fake]), *(torch.cat([y, y]) for y in (t_next, *text)))
+        d_real, d_fake = both.float().chunk(2)
+        right = torch.cat([d_real < 0, d_fake > 0]).float()
+        return torch.stack([discriminator_loss(d_real, d_fake), d_real.mean(), d_fake.mean(), right.mean()])
+
+    def generator_loss(self, *batch):
+        """The generator's loss, and its parts."""
+        (fake, x0_hat), (x0, _, t_next, _, _, *text), self.place = self.fakes(*batch), batch, None
+        self.discriminator.heads.requires_grad_(False)
+        fake.register_hook(partial(level, weight=self.cfg.adversarial_weight, batch_size=self.cfg.batch_size))
+        adversarial = self.discriminator(fake, t_next, *text).float().mean()  # Eq. (9), adversarial
+        reconstruction = reconstruction_loss(x0_hat, x0, self.cfg.huber)
+        return torch.stack([adversarial + self.cfg.reconstruction_weight * reconstruction, adversarial, reconstruction])
+
+
+# ------------------------------------------------------------------------------------------------ training
+def train(cfg, path, teacher, about, cache, device):
     """Distil the teacher. Writes checkpoints to path; returns the averaged generator and what it is and makes."""
-    torch.manual_seed(cfg.seed + rank)
+    torch.manual_seed(cfg.seed)
     student = SimpleNamespace(**vars(about) | dict(num_steps=cfg.num_steps, guidance_scale=1., shift=1.))
     model, ema, times = copy.deepcopy(teacher).requires_grad_(), copy.deepcopy(teacher), euler_times(cfg.num_steps)
     heads = (discriminator := Discriminator(teacher, cfg.trunk, cfg.head).to(device)).heads
@@ -180,38 +214,28 @@ def train(cfg, path, teacher, about, cache, device, rank, world):
     warm_optimizers, optimizers, head_optimizers = all_of_them = [
         make_optimizers(*how) for how in ((model, cfg.lr, cfg.muon_lr), (model, cfg.lr, 0), (heads, cfg.head_lr, 0))]
     start = resume(path, cfg, dict(model=model, ema=ema, heads=heads), sum(all_of_them, [])) if cfg.resume else 0
-    trained, judge, began, log = parallel(model, world), parallel(discriminator, world), time.time(), []
+    losses, began, log = Adversaries(cfg, model, discriminator), time.time(), []
+    prepare([*model.blocks, *heads], cfg), prepare(teacher.blocks, replace(cfg, compile=False))  # as it is timed later
     for step in progress(start, cfg.steps):
-        x0, *text = draw_batch(cache, cfg.batch_size, (cfg.seed, step, rank), device)
+        x0, *text = draw_batch(cache, cfg.batch_size, (cfg.seed, step), device)
+        noise = partial(draw_noise, cfg.batch_size, x0.shape[1:], device)
         if step < cfg.guidance_steps:
             i = step % cfg.num_steps
-            loss = guidance_loss(trained, teacher, x0, text, *times[i:i + 2], about.guidance_scale)
-            said = {"guidance": loss}
-            update(loss, warm_optimizers, step, warm, path)
+            loss = partial(guidance_loss, model, teacher, *times[i:i + 2], about.guidance_scale)
+            said = {"guidance": update(loss, (x0, noise(), *text), warm_optimizers, step, warm, path)[0]}
         else:
-            t, t_next = draw_times(len(x0), cfg.num_steps, device)
-            x_t, real = (add_noise(x0, torch.randn_like(x0), s) for s in (t, t_next))  # Eq. (7), real
-            velocity = trained(x_t, t, *text)
-            fake, x0_hat = jump(x_t, velocity, t, t_next), jump(x_t, velocity, t, 0 * t)
-            heads.requires_grad_(True)
-            both = judge(torch.cat([real, fake.detach()]), *(torch.cat([y, y]) for y in (t_next, *text)))
-            d_real, d_fake = both.chunk(2)
-            update(discriminator_loss(d_real, d_fake), head_optimizers, step - cfg.guidance_steps, adversary, path)
-            heads.requires_grad_(False)
-            fake.register_hook(level)
-            adversarial = discriminator(fake, t_next, *text).mean()  # Eq. (9), adversarial
-            reconstruction = reconstruction_loss(x0_hat, x0, cfg.huber)
-            loss = cfg.adversarial_weight * adversarial + cfg.reconstruction_weight * reconstruction
-            update(loss, optimizers, step - cfg.guidance_steps, adversary, path)
-            said = {"D(real)": d_real, "D(fake)": d_fake, "right": torch.cat([d_real < 0, d_fake > 0]).float(),
-                    "adversarial": adversarial, "reconstruction": reconstruction}
+            moments, own = map(share, draw_times(cfg.batch_size, cfg.num_steps, device)), step - cfg.guidance_steps
+            batch = x0, *moments, noise(), noise(), *text
+            _, *scores = update(losses.discriminator_loss, batch, head_optimizers, own, adversary, path)
+            _, *parts = update(losses.generator_loss, batch, optimizers, own, adversary, path)
+            said = dict(zip(("D(real)", "D(fake)", "right", "adversarial", "reconstruction"), scores + parts))
         average(ema, model, cfg.ema, step)
-        log.append({name: value.mean().item() for name, value in said.items()})
+        log.append({name: value.item() for name, value in said.items()})
         if (step + 1) % cfg.log_every == 0:
             means = (f"{name} {np.mean([line[name] for line in log if name in line]):.3f}" for name in said)
             print0(f"step {step + 1}/{cfg.steps} ", *means, f" {(time.time() - began) / 60:.1f} min")
             log.clear()
-        if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             save_dit(path, step + 1, cfg, student, model, ema, sum(all_of_them, []), heads=heads)
     return ema, student
 
@@ -276,52 +300,48 @@ def speed(teacher, ema, vae, about, student):
                 decode_ms=1e3 * decode, fps=about.frames / (fast + decode), fps_teacher=about.frames / (slow + decode))
 
 
-def count(cfg):
-    """Parameters, FLOPs and memory of distilling what dit.py's preset describes, counted on the meta device."""
+def describe(cfg, n):
+    """What vae.dry_run counts, for n clips at a time, of distilling what dit.py's preset describes."""
     about = dit.Config(**dit.PRESETS[cfg.preset])
-    with torch.device("meta"):
-        model, teacher = (DiT(about, about.fps) for _ in range(2))
-        discriminator = Discriminator(teacher.requires_grad_(False), cfg.trunk, cfg.head)
-        x = torch.empty(cfg.batch_size, *VAE(VAEConfig()).latent_shape(about.frames, *about.size))
-    rest = x[:, 0, 0, 0, 0], (text := x.new_empty(len(x), about.text_length, about.text_dim)), text[..., 0]
-
-    def losses():
-        fake = model(x, *rest)
-        return sum(discriminator(y, *rest).mean() for y in (x, fake.detach(), fake))
-
-    return dry_run("DISTILL", model, losses, lambda: model(x[:1], *(y[:1] for y in rest)))
+    shape = VAE(VAEConfig()).latent_shape(about.frames, *about.size)[1:]
+    model, teacher, ema = (DiT(about) for _ in "123")
+    discriminator = Discriminator(teacher.requires_grad_(False), cfg.trunk, cfg.head)
+    prepare([*model.blocks, *teacher.blocks, *discriminator.heads], cfg)
+    losses, (x, t, *text) = Adversaries(cfg, model, discriminator), step_inputs(about, shape, n)
+    phases = [(cfg.steps, loss, (x, t, t, x, x, *text)) for loss in (losses.discriminator_loss, losses.generator_loss)]
+    return ([model, discriminator.heads], [teacher, ema], phases,
+            lambda: model(*step_inputs(about, shape, 1)))
 
 
 def main(cfg):
     """Distil the generator; returns the figures of the summary line."""
     if cfg.dry_run:
-        return count(cfg)
-    began, out, (device, rank, world) = time.time(), Path(cfg.out), setup(cfg.seed)
+        return dry_run("DISTILL", cfg, partial(describe, cfg))
+    began, out, device = time.time(), Path(cfg.out), setup(cfg)
     init = cfg.init or out / ("pruned.pt" if (out / "pruned.pt").exists() else "dit.pt")
     teacher, about = load_dit(init, device=device, data=cfg.data)
     vae = load_vae(about.out, device, about.vae)
     print0(f"distill: {init}, {sum(p.numel() for p in teacher.parameters()):,} parameters, {about.num_steps} steps of "
-           f"guidance {about.guidance_scale:g} -> {cfg.num_steps} without; {world} x {device.type}")
+           f"guidance {about.guidance_scale:g} -> {cfg.num_steps} without; {WORLD} x {device.type}")
     encode_text = text_encoder(about)
-    cache = encode_clips(about, vae, encode_text, rank, world, device)
+    cache = encode_clips(about, vae, encode_text, device)
     if cfg.ablation and about.data != "synthetic":
         raise Abort("--ablation reads the synthetic clips' attributes; this generator was trained on a folder")
     if cfg.ablation:
-        figures = ablation(cfg, out / "ablation.pt", teacher, vae, about, cache, device, rank, world)
+        figures = ablation(cfg, out / "ablation.pt", teacher, vae, about, cache, device)
         return summary("DISTILL", figures, began)
-    ema, student = train(cfg, path := out / "distilled.pt", teacher, about, cache, device, rank, world)
+    ema, student = train(cfg, path := out / "distilled.pt", teacher, about, cache, device)
     figures = speed(teacher, ema, vae, about, student)
-    if cfg.score_clips and about.data == "synthetic" and rank == 0:
+    if cfg.score_clips and about.data == "synthetic":
         print0(HEADER)
         for name, model, its in (("", ema, student), ("_undistilled", teacher, student), ("_teacher", teacher, about)):
             scores = evaluate([], name[1:] or "distilled", [model], vae, about, cfg.score_clips, *recipe(its))
             figures |= {k + name: v for k, v in scores.items()}
-    if rank == 0:
-        captions = [caption for split in ("full", "open") for caption in test_captions(about, split, 3)[0]]
-        inputs = encode_text(captions), vae.latent_shape(about.frames, *about.size)
-        film = [generate(m, vae, *inputs, *recipe(its)) for m, its in ((teacher, about), (ema, student))]
-        write_png(path.with_suffix(".png"), rearrange(film, "r b c f h w -> c f (r h) (b w)"), about.fps)
-        print0(f"{path.with_suffix('.png')} shows, the teacher's samples above:", *captions, sep="\n  ")
+    captions = [caption for split in ("full", "open") for caption in test_captions(about, split, 3)[0]]
+    inputs = encode_text(captions), vae.latent_shape(about.frames, *about.size)
+    film = [generate(m, vae, *inputs, *recipe(its)) for m, its in ((teacher, about), (ema, student))]
+    write_png(path.with_suffix(".png"), rearrange(film, "r b c f h w -> c f (r h) (b w)"), about.fps)
+    print0(f"{path.with_suffix('.png')} shows, the teacher's samples above:", *captions, sep="\n  ")
     return summary("DISTILL", figures, began, "python export_ios.py, or python sample.py")
 
 

@@ -10,9 +10,10 @@ import copy
 import hashlib
 import json
 import math
+import shutil
 import time
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,9 +23,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from vae import (VAE, Abort, DataConfig, Stage, VAEConfig, barrier, caption, draw, dry_run, flag, launch, load,
-                 make_optimizers, open_clips, parallel, print0, progress, read_ltx, reconstruct_clips, resume, save,
-                 score, setup, summary, update, words, write_png)
+from vae import (PAPER, RANK, VAE, WORLD, Abort, DataConfig, Stage, Training, VAEConfig, barrier, caption, draw,
+                 draw_noise, dry_run, flag, launch, load, make_optimizers, once, open_clips, prepare, print0, progress,
+                 read_ltx, reconstruct_clips, resume, rng_state, save, score, setup, share, summary, update, words,
+                 write_png)
 
 # ------------------------------------------------------------------------------------------------ the model
 # LTX-Video's transformer [9], module for module. It is exported to Core ML, so shapes inside are static ints.
@@ -156,8 +158,9 @@ class DiT(nn.Module):
         embedded = self.time_mlp(timestep_embedding(t).to(x.dtype))                              # (B, D)
         modulation = self.modulation(embedded).unflatten(-1, (6, self.cfg.width))                # (B, 6, D)
         text = self.text_mlp(text_emb)                                                           # (B, L, D)
-        bias = (text_mask.to(x.dtype)[:, None, None] - 1) * 1e4                                  # (B, 1, 1, L)
-        tables = [table.to(x.dtype) for table in                                                 # (N, D // 2)
+        dtype = self.table.dtype                                         # not that of autocast, which is too coarse
+        bias = (text_mask.to(dtype)[:, None, None] - 1) * 1e4                                  # (B, 1, 1, L)
+        tables = [table.to(dtype) for table in                                                   # (N, D // 2)
                   rope_tables(latents.shape[2:], self.cfg.width, self.fps, self.compression, x.device)]
         if self.cfg.absolute:
             x = x + torch.cat(tables, -1)
@@ -328,7 +331,7 @@ def load_vae(folder, device="cpu", name=None):
     return vae.eval().requires_grad_(False).to(device)
 
 
-def encode_clips(cfg, vae, encode_text, rank, world, device):
+def encode_clips(cfg, vae, encode_text, device):
     """Encode every clip once into memory-mapped arrays under out/latents; what an earlier run encoded is kept.
 
     cfg: a GeneratorConfig, or what load_dit says of a generator.
@@ -344,24 +347,27 @@ def encode_clips(cfg, vae, encode_text, rank, world, device):
     if there and there["data"] != "synthetic" and there != about:  # days of work, perhaps
         changed = " and ".join(key for key in about if there.get(key) != about[key])
         raise Abort(f"{folder} was encoded with other {changed}: rename or remove it to encode again")
-    barrier(world)  # all have read the note
-    if rank == 0 and there != about:
+    barrier()  # all have read the note
+    if RANK == 0 and there != about:
         folder.mkdir(parents=True, exist_ok=True)
         note.unlink(missing_ok=True)
         for kind, n in sizes.items():
             latent = vae.latent_shape(1 if kind == "images" else cfg.frames, *cfg.size)
             shapes = dict(latents=latent, text_emb=(cfg.text_length, cfg.text_dim), text_mask=(cfg.text_length,),
                           done=())
+            size = 2 * n * sum(map(math.prod, shapes.values()))
+            if size > shutil.disk_usage(folder).free:                    # a full disk would kill who writes to a map
+                raise Abort(f"{folder} needs {size / 1e9:.1f} GB, which the disk has not: give another --out")
             for name, shape in shapes.items():
                 np.lib.format.open_memmap(folder / f"{kind}.{name}.npy", "w+", np.float16, (n, *shape))
         note.write_text(json.dumps(about))
-    barrier(world)
+    barrier()
     cache = {}
     for kind, n in sizes.items():
         *cache[kind], done = (np.load(folder / f"{kind}.{name}.npy", mmap_mode="r+")
                               for name in ("latents", "text_emb", "text_mask", "done"))
         todo = np.flatnonzero(np.asarray(done) == 0)
-        rows = todo[rank::world].tolist()
+        rows = todo[RANK::WORLD].tolist()
         loader = torch.utils.data.DataLoader([clips.kinds[kind][i] for i in rows], None, num_workers=cfg.workers,
                                              collate_fn=clips.clip, generator=torch.Generator())
         for i, (video, said), _ in zip(rows, loader, progress(0, len(rows))):
@@ -369,20 +375,28 @@ def encode_clips(cfg, vae, encode_text, rank, world, device):
                 array[i] = value[0].cpu().numpy()
             done[i] = 1
         print0(f"{folder}: {n} {kind}, {n - len(todo)} of them encoded before")
-    barrier(world)
+    barrier()
     return list(cache.values())
 
 
 def draw_batch(cache, batch_size, key, device):
-    """x0 (B, C, f, h, w), text_emb (B, L, E) and text_mask (B, L), the same for the same key (seed, step, rank)."""
+    """This process's share of x0 (B, C, f, h, w), text_emb (B, L, E), text_mask (B, L); the same for the same key."""
     kind, rows = draw([latents for latents, _, _ in cache], batch_size, key)
-    return [torch.from_numpy(array[rows]).float().to(device) for array in cache[kind]]
+    return [torch.from_numpy(array[share(rows)]).float().to(device) for array in cache[kind]]
 
 
-def drop_captions(text_emb, text_mask, share):
-    """Empty that share of the captions, so that the model learns what guidance goes beyond."""
-    told = (torch.rand(len(text_emb), 1, device=text_emb.device) >= share).float()
+def drop_captions(text_emb, text_mask, told):
+    """Empty the captions where told (B,) is False, so that the model learns what guidance goes beyond."""
+    told = told.float()[:, None]
     return text_emb * told[..., None], text_mask * told
+
+
+def training_batch(cfg, about, cache, device, key, dropout=.1):
+    """This process's share of a step's x0, noise, t, text_emb and text_mask, a share `dropout` of them not told."""
+    count, (x0, *text) = cfg.batch_size, draw_batch(cache, cfg.batch_size, key, device)
+    told = torch.rand(count, 1, device=device)[:, 0] >= dropout
+    t = logit_normal(count, about.timestep_mean, about.timestep_std, device)
+    return x0, draw_noise(count, x0.shape[1:], device), share(t), *drop_captions(*text, share(told))
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -400,25 +414,22 @@ class GeneratorConfig(DiTConfig, DataConfig):
 
 
 @dataclass
-class Config(GeneratorConfig):
+class Config(GeneratorConfig, Training):
     init: str = flag("", "LTX-Video's transformer to start from, as vae.py's --init; with --steps 0 to take as it is")
-    steps: int = flag(1900, "training steps")
-    batch_size: int = flag(24, "clips per process and step")
-    lr: float = flag(3e-3, "AdamW's learning rate")
-    muon_lr: float = flag(.02, "Muon's, for the blocks' matrices; 0: AdamW trains them too")
+    steps: int = flag(1900)
+    batch_size: int = flag(24)
+    lr: float = flag(3e-3)
     caption_dropout: float = flag(.1, "share of clips that train without caption, for guidance")
     ema: float = flag(.98, "rate of the weights' moving average, which is what later stages use")
     score_clips: int = flag(48, "unseen captions whose samples are scored at the end; 0 for none")
     save_every: int = flag(500, "steps between checkpoints, and between contact sheets out/dit.png")
-    log_every: int = flag(100, "steps between printed lines")
-    resume: bool = flag(False, "continue an interrupted run from its last checkpoint")
-    dry_run: bool = flag(False, "print parameters, FLOPs and memory, and stop")
+    log_every: int = flag(100)
 
 
-PRESETS = {"toy": {}, "paper": dict(  # Sec. 5: the server model, 2.0B
+PRESETS = {"toy": {}, "paper": PAPER | dict(  # Sec. 5: the server model, 2.0B
     frames=121, size=(576, 1024), fps=24., depth=28, width=2048, num_heads=32, ffn_dim=8192, text_dim=1024,
-    absolute=False, num_clips=10 ** 9, text_length=128, steps=200_000, batch_size=8, lr=5e-5, muon_lr=0.,
-    timestep_mean=0., timestep_std=1., ema=.9999, shift=8., save_every=1000)}
+    absolute=False, num_clips=10 ** 9, text_length=128, steps=200_000, batch_size=1024, lr=5e-5,
+    timestep_mean=0., timestep_std=1., ema=.9999, shift=8.)}
 
 
 def save_dit(path, step, cfg, about, model, ema, optimizers, **others):
@@ -427,7 +438,7 @@ def save_dit(path, step, cfg, about, model, ema, optimizers, **others):
     others: modules that train beside the generator, by name, so that resume finds them.
     """
     save(path, stage=Path(path).stem, step=step, config=asdict(cfg), model=model.state_dict(), ema=ema.state_dict(),
-         generator={k: v for k, v in vars(about).items() if k != "out"}, rng=torch.get_rng_state(),
+         generator={k: v for k, v in vars(about).items() if k != "out"}, rng=rng_state(),
          optimizer=[optimizer.state_dict() for optimizer in optimizers],
          **{name: module.state_dict() for name, module in others.items()})
 
@@ -499,6 +510,7 @@ def score_samples(model, vae, about, split, count, times, guidance_scale):
     return score(generate(model, vae, text, shape, times, guidance_scale), said)
 
 
+@once
 def contact_sheet(path, model, vae, about):
     """Write a film of samples for the first eight of the full test set's captions."""
     captions, _ = test_captions(about, "full", 8)
@@ -512,24 +524,35 @@ def average(ema, model, rate, step):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(rate, (1 + step) / (10 + step)))
 
 
+def step_inputs(about, latent_shape, count, device=None):
+    """What the DiT takes, for `count` clips whose latents have that shape (f, h, w)."""
+    x = torch.randn(count, about.in_channels, *latent_shape, device=device)
+    return x, x[:, 0, 0, 0, 0], *(x.new_ones(count, about.text_length, *more) for more in ((about.text_dim,), ()))
+
+
+def describe(cfg, n):
+    """What vae.dry_run counts, for n clips at a time."""
+    (model, ema), shape = (DiT(cfg) for _ in "12"), VAE(VAEConfig()).latent_shape(cfg.frames, *cfg.size)[1:]
+    prepare(model.blocks, cfg)
+    x, *rest = step_inputs(cfg, shape, n)
+    return ([model], [ema], [(cfg.steps, partial(flow_matching_loss, model), (x, x, *rest))],
+            lambda: model(*step_inputs(cfg, shape, 1)))
+
+
 def main(cfg):
     """Train the DiT; returns the figures of its summary line."""
-    began, (device, rank, world) = time.time(), setup(cfg.seed)
-    path = Path(cfg.out) / "dit.pt"
-    with torch.device("meta" if cfg.dry_run else device):
-        vae = VAE(VAEConfig()) if cfg.dry_run else load_vae(cfg.out, device)
-        if cfg.init and not cfg.text_encoder:
-            raise Abort("--init: LTX's weights know no captions but T5's: give the folder of their --text_encoder")
+    if cfg.dry_run:
+        return dry_run("DIT", cfg, partial(describe, cfg))
+    began, device, path = time.time(), setup(cfg), Path(cfg.out) / "dit.pt"
+    if cfg.init and not cfg.text_encoder:
+        raise Abort("--init: LTX's weights know no captions but T5's: give the folder of their --text_encoder")
+    vae = load_vae(cfg.out, device)
+    with device:
         model = load_ltx(cfg.init, cfg, vae.compression) if cfg.init else DiT(cfg, cfg.fps, vae.compression)
     cfg = model.cfg
     shape = vae.latent_shape(cfg.frames, *cfg.size)
-    if cfg.dry_run:
-        clip = torch.empty(cfg.batch_size, *shape, device="meta")
-        t, text = clip[:, 0, 0, 0, 0], clip.new_empty(cfg.batch_size, cfg.text_length, cfg.text_dim)
-        return dry_run("DIT", model, lambda: flow_matching_loss(model, clip, clip, t, text, text[..., 0]),
-                       lambda: model(clip[:1], t[:1], text[:1], text[:1, :, 0]))
     print0(f"dit: depth {cfg.depth}, width {cfg.width}, {cfg.num_heads} heads of {cfg.head_dim}, FFN {cfg.ffn_dim}: "
-           f"{sum(p.numel() for p in model.parameters()):,} parameters; latents {shape}; {world} x {device.type}")
+           f"{sum(p.numel() for p in model.parameters()):,} parameters; latents {shape}; {WORLD} x {device.type}")
     about = SimpleNamespace(**{f.name: getattr(cfg, f.name) for f in fields(GeneratorConfig)}, vae=fingerprint(vae),
                             compression=vae.compression, words=[] if cfg.text_encoder else words(cfg))
     encode_text = text_encoder(cfg)
@@ -537,30 +560,26 @@ def main(cfg):
         with torch.no_grad():
             model.text_mlp[0].bias += model.text_mlp[0].weight @ encode_text.null.to(device)
     if not cfg.steps:
-        if rank == 0:
-            save_dit(path, 0, cfg, about, model, model, [])
+        save_dit(path, 0, cfg, about, model, model, [])
         figures = dict(parameters=sum(p.numel() for p in model.parameters()))
         return summary("DIT", figures, began, "python sample.py, or python prune.py --data FOLDER")
-    cache = encode_clips(cfg, vae, encode_text, rank, world, device)
+    cache = encode_clips(cfg, vae, encode_text, device)
     ema, optimizers = copy.deepcopy(model).requires_grad_(False), make_optimizers(model, cfg.lr, cfg.muon_lr)
-    start = resume(path, cfg, {"model": model, "ema": ema}, optimizers) if cfg.resume else 0
-    trained, losses = parallel(model, world), []
+    start, losses = resume(path, cfg, {"model": model, "ema": ema}, optimizers) if cfg.resume else 0, []
+    prepare(model.blocks, cfg)
     for step in progress(start, cfg.steps):
-        x0, text_emb, text_mask = draw_batch(cache, cfg.batch_size, (cfg.seed, step, rank), device)
-        text = drop_captions(text_emb, text_mask, cfg.caption_dropout)
-        t = logit_normal(cfg.batch_size, cfg.timestep_mean, cfg.timestep_std, device)
-        loss = flow_matching_loss(trained, x0, torch.randn_like(x0), t, *text)
-        update(loss, optimizers, step, cfg, path)
+        batch = training_batch(cfg, cfg, cache, device, (cfg.seed, step), cfg.caption_dropout)
+        loss, = update(partial(flow_matching_loss, model), batch, optimizers, step, cfg, path)
         average(ema, model, cfg.ema, step)
         losses = losses[1 - cfg.log_every:] + [loss.item()]
         if (step + 1) % cfg.log_every == 0:
             print0(f"step {step + 1}/{cfg.steps}  loss {np.mean(losses):.4f}  {(time.time() - began) / 60:.1f} min")
-        if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             save_dit(path, step + 1, cfg, about, model, ema, optimizers)
             contact_sheet(path.with_suffix(".png"), ema, vae, about)
     # noise and normalised latents have variance 1; a resumed run that was finished has no losses
     figures = dict(loss=float(np.mean(losses)), loss_of_zero=2.) if losses else {}
-    if cfg.score_clips and cfg.data == "synthetic" and rank == 0:
+    if cfg.score_clips and cfg.data == "synthetic":
         _, said = test_captions(cfg, "full", cfg.score_clips)
         _, again = reconstruct_clips(vae, open_clips(cfg, "full"), range(cfg.score_clips))
         figures |= dict(semantic=score_samples(ema, vae, about, "full", cfg.score_clips, *recipe(about))["semantic"],

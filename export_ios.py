@@ -296,7 +296,7 @@ async def measure(path, team):
 @torch.no_grad()
 def main(cfg):
     """Convert, check and keep both packages; returns the figures of the summary line."""
-    began, _, out, path = time.time(), setup(cfg.seed), Path(cfg.out), find_generator(cfg.out, cfg.checkpoint)
+    began, _, out, path = time.time(), setup(cfg), Path(cfg.out), find_generator(cfg.out, cfg.checkpoint)
     if cfg.bits not in BOUNDS:
         raise Abort(f"--bits {cfg.bits}: choose from {', '.join(map(str, BOUNDS))}")
     if cfg.preset == "paper" and not path.exists():

@@ -25,11 +25,10 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
 import dit
-from dit import (LaterStage, add_noise, average, build, contact_sheet, draw_batch, drop_captions, encode_clips,
-                 flow_matching_loss, load_dit, load_vae, logit_normal, recipe, save_dit, score_samples, test_captions,
-                 text_encoder)
-from vae import (Abort, dry_run, flag, launch, load, make_optimizers, parallel, print0, progress, resume, setup,
-                 summary, update)
+from dit import (LaterStage, add_noise, average, build, contact_sheet, encode_clips, flow_matching_loss, load_dit,
+                 load_vae, recipe, save_dit, score_samples, step_inputs, test_captions, text_encoder, training_batch)
+from vae import (PAPER, WORLD, Abort, Training, dry_run, flag, launch, load, make_optimizers, prepare, print0, progress,
+                 resume, setup, share, summary, update)
 
 # ------------------------------------------------------------------------------------------------ candidates
 SIZES = "depth", "num_heads", "ffn_dim"             # of a DiT, one for each level of granularity
@@ -133,11 +132,9 @@ def cut(model, about, masks):
     return student, small
 
 
-def batch(cfg, about, cache, device, key):
-    """x0, noise, t, text_emb and text_mask of a training step, as the generator was trained on them."""
-    x0, *text = draw_batch(cache, cfg.batch_size, key, device)
-    t = logit_normal(cfg.batch_size, about.timestep_mean, about.timestep_std, device)
-    return x0, torch.randn_like(x0), t, *drop_captions(*text, .1)  # 10% without caption, for guidance
+def gumbel(logits, count, device=None):
+    """Gumbel noise for `count` clips, this process's share of it, for each level's logits."""
+    return [share(-torch.empty(count, *v.shape, device=device).exponential_().log()) for v in logits.values()]
 
 
 class Search(nn.Module):
@@ -145,35 +142,40 @@ class Search(nn.Module):
 
     def __init__(self, model, candidates, rank=4):
         super().__init__()
-        self.model, self.candidates = model, candidates
+        self.model, self.candidates, self.hooks = model, candidates, ExitStack()
         self.logits = nn.ParameterDict({level: torch.zeros(shape) for level, shape in candidates.shapes.items()})
         # The update makes the loss tell how a choice recovers, not how low it is after the cut, which misleads [7].
         self.linears = [m for m in model.blocks.modules() if isinstance(m, nn.Linear)]
         self.down = nn.ParameterList(torch.randn(m.in_features, rank) / m.in_features ** .5 for m in self.linears)
         self.up = nn.ParameterList(torch.zeros(rank, m.out_features) for m in self.linears)
 
-    def forward(self, temperature, x0, *inputs):
-        choice = {level: F.gumbel_softmax(v.expand(len(x0), *v.shape), temperature, hard=True)
-                  for level, v in self.logits.items()}
+    def forward(self, temperature, x0, noise, t, text_emb, text_mask, *gumbels):
+        choice = {}
+        for (level, logits), drawn in zip(self.logits.items(), gumbels):
+            soft = ((logits + drawn) / temperature).softmax(-1)
+            hard = F.one_hot(soft.argmax(-1), soft.shape[-1])
+            choice[level] = hard - soft.detach() + soft                  # straight through
         updates = [(linear, lambda x, y, down=down, up=up: y + x @ down @ up)
                    for linear, down, up in zip(self.linears, self.down, self.up)]
-        with hooked(updates + masking(self.model, self.candidates.masks_of(choice))):
-            return flow_matching_loss(self.model, x0, *inputs)
+        self.hooks.close()  # the last call's, which its backward pass needs where it computes the blocks again
+        self.hooks = hooked(updates + masking(self.model, self.candidates.masks_of(choice)))
+        return flow_matching_loss(self.model, x0, noise, t, text_emb, text_mask)
 
 
-def search(cfg, teacher, candidates, draw, run):
+def search(cfg, teacher, candidates, draw, device):
     """Learn which units to keep; returns the masks (B = 1) of the logits' moving average."""
-    (_, rank, world), module, losses = run, Search(teacher, candidates).to(run[0]), []
+    module, losses = Search(teacher, candidates).to(device), []
+    prepare(teacher.blocks, replace(cfg, compile=False))  # its hooks are others at every step
     average_logits, cfg = copy.deepcopy(module.logits).requires_grad_(False), replace(cfg, steps=cfg.search_steps)
     optimizers = [torch.optim.AdamW(module.logits.values(), cfg.search_lr, weight_decay=0),
                   torch.optim.AdamW([*module.down, *module.up], cfg.lr, weight_decay=0)]
-    trained = parallel(module, world)
     for step in progress(0, cfg.steps):
         temperature = np.interp(step, (0, cfg.steps - 1), TEMPERATURES).item()
-        loss = trained(temperature, *draw((cfg.seed, step, rank, 1)))
-        update(loss, optimizers, step, cfg, cfg.out)
+        batch = *draw((cfg.seed, step, 0, 1)), *gumbel(module.logits, cfg.batch_size, device)
+        loss, = update(partial(module, temperature), batch, optimizers, step, cfg, cfg.out)
         average(average_logits, module.logits, .9, step)
         losses.append(loss.item())
+    module.hooks.close()
     print0(f"search: {cfg.steps} steps, loss {np.mean(losses[:10]):.4f} at first, {np.mean(losses[-10:]):.4f} at last")
     return candidates.read_out(dict(average_logits.items()))
 
@@ -182,14 +184,15 @@ def search(cfg, teacher, candidates, draw, run):
 class Student(nn.Module):
     """A DiT and, for KD, an affine map from the features in which each of `count` groups of its blocks ends."""
 
-    def __init__(self, model, count, teacher_width):
+    def __init__(self, model, count, teacher_width, alpha):
         super().__init__()
-        self.model, self.affine = model, nn.ModuleList(nn.Linear(model.cfg.width, teacher_width) for _ in range(count))
+        self.model, self.alpha = model, alpha
+        self.affine = nn.ModuleList(nn.Linear(model.cfg.width, teacher_width) for _ in range(count))
         for affine in self.affine:
             nn.init.eye_(affine.weight), nn.init.zeros_(affine.bias)  # Ours: a pruned DiT starts close to the teacher
 
     def forward(self, teacher, x0, noise, t, *text):
-        """The losses of flow matching and, for the same x_t, t and text, of KD, which is 0 without groups."""
+        """The loss, and its parts: flow matching and, for the same x_t, t and text, KD, which is 0 without groups."""
         count, y_s, y_t = len(self.affine), [], []
         ends = lambda model, y: [(model.blocks[(i + 1) * len(model.blocks) // count - 1], lambda _, out: y.append(out))
                                  for i in range(count)]
@@ -200,29 +203,32 @@ class Student(nn.Module):
                 teacher(add_noise(x0, noise, t), t, *text)
         # Ours: sim is the negative cosine, as in REPA [56]; the paper leaves it open.
         sims = [-F.cosine_similarity(a, f(b), dim=-1).mean() for a, b, f in zip(y_t, y_s, self.affine)]
-        return loss, sum(sims) / max(count, 1)  # Eq. (5)
+        distill = sum(sims, loss.new_zeros(())) / max(count, 1)  # Eq. (5)
+        return torch.stack([loss + self.alpha * distill, loss, distill])  # Eq. (6)
 
 
-def finetune(cfg, model, teacher, draw, run, path, about=None):
+def make_student(cfg, model, teacher):
+    return Student(model, teacher.cfg.depth // cfg.groups[0] * (cfg.alpha > 0), teacher.cfg.width, cfg.alpha)
+
+
+def finetune(cfg, model, teacher, draw, device, path, about=None):
     """Train a DiT, with KD if cfg.alpha. Returns its moving average. Checkpoints to path if told what it is: about."""
-    (device, rank, world), began, losses = run, time.time(), []
-    student = Student(model, teacher.cfg.depth // cfg.groups[0] * (cfg.alpha > 0), teacher.cfg.width).to(device)
+    began, losses, student = time.time(), [], make_student(cfg, model, teacher).to(device)
     ema, optimizers = copy.deepcopy(model).requires_grad_(False), make_optimizers(model, cfg.lr, cfg.muon_lr)
     if cfg.alpha:
         optimizers.append(torch.optim.AdamW(student.affine.parameters(), cfg.lr, weight_decay=0))
     start = resume(path, cfg, {"model": student, "ema": ema}, optimizers) if cfg.resume else 0
-    if about and rank == 0 and not start:
+    if about and not start:
         save_dit(path, 0, cfg, about, student, ema, optimizers)  # --resume need not search again
-    trained = parallel(student, world)
+    prepare(model.blocks, cfg)
     for step in progress(start, cfg.steps):
-        flow, distill = trained(teacher, *draw((cfg.seed, step, rank)))
-        update(flow + cfg.alpha * distill, optimizers, step, cfg, path)  # Eq. (6)
+        _, *parts = update(partial(student, teacher), draw((cfg.seed, step)), optimizers, step, cfg, path)
         average(ema, model, cfg.ema, step)
-        losses.append((flow.item(), torch.as_tensor(distill).item()))
+        losses.append([value.item() for value in parts])
         if (step + 1) % cfg.log_every == 0:
             print0(f"step {step + 1}/{cfg.steps}  loss {{:.4f}}  distill {{:.4f}}  {(time.time() - began) / 60:.1f} min"
                    .format(*np.mean(losses[-cfg.log_every:], 0)))
-        if about and rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
+        if about and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
             save_dit(path, step + 1, cfg, about, student, ema, optimizers)
     return ema
 
@@ -239,12 +245,6 @@ def measure(cfg, model, vae, about, draw):
         scores = score_samples(model, vae, about, "full", cfg.score_clips, *recipe(about))
         figures |= {k: scores[k] for k in ("semantic", "quality", "total")}
     return figures
-
-
-def step_inputs(about, latent_shape, count, device):
-    """What the DiT takes, for `count` clips whose latents have that shape (f, h, w)."""
-    x = torch.randn(count, about.in_channels, *latent_shape, device=device)
-    return x, x[:, 0, 0, 0, 0], *(x.new_ones(count, about.text_length, *more) for more in ((about.text_dim,), ()))
 
 
 @torch.no_grad()
@@ -265,14 +265,14 @@ def step_costs(models, about, latent_shape):
     return costs
 
 
-def sensitivity(cfg, teacher, vae, about, draw, run):
+def sensitivity(cfg, teacher, vae, about, draw, device):
     """Fig. 3: prune each level alone, progressively. Ours: no fine-tuning; what goes is searched at every strength."""
     rows, settings = [], [("none", cfg.groups)]
     for i, m in enumerate(cfg.groups):
         settings += [(SIZES[i], (*cfg.groups[:i], n, *cfg.groups[i + 1:])) for n in range(m - 1, 0, -1)]
     for level, kept in settings:
         own = replace(cfg, search_steps=cfg.search_steps * (level != "none"))
-        model, small = cut(teacher, about, search(own, teacher, Candidates(about, cfg.groups, kept), draw, run))
+        model, small = cut(teacher, about, search(own, teacher, Candidates(about, cfg.groups, kept), draw, device))
         (whole, cost), size = step_costs([teacher, model], about, PHONE), getattr(small, level, 0)
         row = cost | dict(speedup=whole["step_ms"] / cost["step_ms"]) | measure(cfg, model, vae, small, draw)
         rows.append(dict(level=level, kept=size, **summary(f"{level} {size or ''}", row)))
@@ -280,7 +280,7 @@ def sensitivity(cfg, teacher, vae, about, draw, run):
     return {f"{row['level']}_{row['kept']}_loss": row["loss"] for row in rows}
 
 
-def ablation(cfg, teacher, vae, about, kept, draw, run, trained):
+def ablation(cfg, teacher, vae, about, kept, draw, device, trained):
     """Table 4 at equal total steps, and the same cut with random units and with those of most weight."""
     candidates, size = Candidates(about, cfg.groups, kept), count_parameters(shrink(about, cfg.groups, kept))
     weight = {level: torch.stack([sum(getattr(getattr(block, level), name).weight.square().sum(1) for name in names)
@@ -300,14 +300,14 @@ def ablation(cfg, teacher, vae, about, kept, draw, run, trained):
         if method in scratch:
             own = replace(own, steps=trained["steps"] + cfg.search_steps + cfg.steps,  # what the teacher got, too
                           lr=trained["lr"], muon_lr=trained["muon_lr"])
-            model, small = build(scratch[method]).to(run[0]), scratch[method]
+            model, small = build(scratch[method]).to(device), scratch[method]
         else:
             if method == "tri-level":
-                learned = search(own, teacher, candidates, draw, run)
+                learned = search(own, teacher, candidates, draw, device)
             masks = {"random": candidates.read_out({k: torch.rand(shape) for k, shape in candidates.shapes.items()}),
                      "magnitude": candidates.read_out(weight)}.get(method, learned)
             model, small = cut(teacher, about, masks)
-        ema = finetune(own, model, teacher, draw, run, cfg.out)
+        ema = finetune(own, model, teacher, draw, device, cfg.out)
         row = dict(steps=own.steps, cpu_minutes=(time.process_time() - began) / 60)
         row |= measure(cfg, ema, vae, small, draw)
         rows.append(dict(method=method, seed=seed, **summary(f"{method}, seed {seed}:", row)))
@@ -321,37 +321,46 @@ def ablation(cfg, teacher, vae, about, kept, draw, run, trained):
 
 # ------------------------------------------------------------------------------------------------ the stage
 @dataclass
-class Config(LaterStage):
+class Config(LaterStage, Training):
     init: str = flag("", "generator to prune, of any stage; not given: dit.pt in --out")
     budget: float = flag(.52, "parameters of the pruned DiT, at most; up to 1: share of the generator's")
     groups: tuple = flag((3, 3, 6), "blocks, heads and FFN channels that make a group")
     search_steps: int = flag(60, "steps of the search for the units to keep")
     search_lr: float = flag(.1, "learning rate of the candidates' logits")
     steps: int = flag(750, "fine-tuning steps")
-    batch_size: int = flag(24, "clips per process and step")
-    lr: float = flag(2e-3, "AdamW's learning rate")
-    muon_lr: float = flag(.02, "Muon's, for the blocks' matrices; 0: AdamW trains them too")
+    batch_size: int = flag(24)
+    lr: float = flag(2e-3)
     alpha: float = flag(.01, "weight of KD (Sec. 4.2.2); 0: without")
     ema: float = flag(.98, "rate of the weights' moving average, which is what later stages use")
     score_clips: int = flag(48, "unseen captions whose samples are scored; 0 for none")
-    save_every: int = flag(250, "steps between checkpoints")
-    log_every: int = flag(50, "steps between printed lines")
+    save_every: int = flag(250)
     sensitivity: bool = flag(False, "Fig. 3 instead: prune each level alone")
     ablation: bool = flag(False, "Table 4 instead: other ways to a DiT of this size")
     seeds: int = flag(1, "runs of each way in --ablation")
-    resume: bool = flag(False, "continue an interrupted fine-tuning from its last checkpoint")
-    dry_run: bool = flag(False, "print parameters, FLOPs and memory, and stop")
 
 
-PRESETS = {"toy": {}, "paper": dict(  # Sec. 4.2.1. Ours: the numbers of steps, which the paper gives in sum (200K)
-    budget=1e9, groups=(7, 8, 4), search_steps=2000, search_lr=.01, steps=50_000, batch_size=8, lr=5e-5, muon_lr=0.,
-    ema=.9999, save_every=1000)}
+PRESETS = {"toy": {}, "paper": PAPER | dict(  # Sec. 4.2.1. Ours: the numbers of steps; the paper gives a sum (200K)
+    budget=1e9, groups=(7, 8, 4), search_steps=2000, search_lr=.01, steps=50_000, batch_size=1024, lr=5e-5,
+    ema=.9999)}
+
+
+def describe(cfg, about, kept, n):
+    """What vae.dry_run counts, for n clips at a time: the search, and fine-tuning, which needs more memory."""
+    teacher, shape = build(about).requires_grad_(False), (1 + about.frames // 8, *(n // 32 for n in about.size))
+    module = Search(teacher, Candidates(about, cfg.groups, kept))
+    model, ema = (build(shrink(about, cfg.groups, kept)) for _ in "12")
+    student = make_student(cfg, model, teacher)
+    prepare([*teacher.blocks, *model.blocks], cfg)
+    x, *rest = step_inputs(about, shape, n)
+    searching = cfg.search_steps, partial(module, 1.), (x, x, *rest, *gumbel(module.logits, n))
+    return ([model, student.affine], [teacher, ema],
+            [searching, (cfg.steps, partial(student, teacher), (x, x, *rest))],
+            lambda: model(*step_inputs(about, shape, 1)))
 
 
 def main(cfg):
     """Prune and fine-tune, or make a table; returns the figures of the summary line."""
-    began, run, path = time.time(), setup(cfg.seed), Path(cfg.out) / "pruned.pt"
-    (device, rank, world), init = run, cfg.init or f"{cfg.out}/dit.pt"
+    began, path, device, init = time.time(), Path(cfg.out) / "pruned.pt", setup(cfg), cfg.init or f"{cfg.out}/dit.pt"
     teacher, about = (None, SimpleNamespace(**vars(dit.Config(**dit.PRESETS[cfg.preset])), compression=(8, 32))) \
         if cfg.dry_run else load_dit(init, device=device, data=cfg.data)
     kept = fit_budget(about, cfg.groups, cfg.budget)
@@ -362,39 +371,33 @@ def main(cfg):
         count = f"{math.comb(whole, part):,}" if whole < 99 else f"10^{math.log10(math.comb(whole, part)):.0f}"
         print0(f"  {level:10} {part} of {whole}: {len(masks)} choices in each {masks.shape[1]}; {count} without groups")
     if cfg.dry_run:
-        with torch.device("meta"):
-            student, teacher = Student(build(small), about.depth // cfg.groups[0], about.width), build(about)
-        shape = 1 + about.frames // 8, *(n // 32 for n in about.size)
-        x, *rest = step_inputs(about, shape, cfg.batch_size, "meta")
-        return dry_run("PRUNE", student.model, lambda: sum(student(teacher, x, x, *rest)),
-                       lambda: student.model(*step_inputs(about, shape, 1, "meta")))
+        return dry_run("PRUNE", cfg, partial(describe, cfg, about, kept))
     vae = load_vae(about.out, device, about.vae)
-    cache = encode_clips(about, vae, text_encoder(about), rank, world, device)
-    draw = partial(batch, cfg, about, cache, device)
+    cache = encode_clips(about, vae, text_encoder(about), device)
+    draw = partial(training_batch, cfg, about, cache, device)
     if cfg.sensitivity:
-        return summary("PRUNE", sensitivity(cfg, teacher, vae, about, draw, run), began)
+        return summary("PRUNE", sensitivity(cfg, teacher, vae, about, draw, device), began)
     if cfg.ablation:
-        return summary("PRUNE", ablation(cfg, teacher, vae, about, kept, draw, run, load(init)["config"]), began)
-    if cfg.resume:
+        return summary("PRUNE", ablation(cfg, teacher, vae, about, kept, draw, device, load(init)["config"]), began)
+    if cfg.resume and path.exists():
         saved = load(path, finished=False)["generator"]
         if any(saved[k] != v for k, v in vars(small).items() if k not in ("out", "kept")):
             raise Abort(f"{path} was not pruned from {init} as that is now: start again without --resume")
         small.kept, model = saved["kept"], build(small).to(device)
     else:
-        masks = search(cfg, teacher, candidates, draw, run)
+        masks = search(cfg, teacher, candidates, draw, device)
         for i, block in enumerate(masks["blocks"][0]):  # as a picture: # is kept, . is cut
             rows = [f"{level} {''.join('.#'[int(m)] for m in masks[level][0, i, :48])}" for level in LINEARS if block]
             print0(f"  block {i:2}  {'  '.join(rows) or 'cut'}")
         model, small = cut(teacher, about, masks)
-    ema = finetune(cfg, model, teacher, draw, run, path, small)
+    ema = finetune(cfg, model, teacher, draw, device, path, small)
     figures = {k + name: v for name, model, what in (("", ema, small), ("_teacher", teacher, about))
                for k, v in measure(cfg, model, vae, what, draw).items()}
     for shape in vae.latent_shape(about.frames, *about.size)[1:], PHONE:
         (whole, part), tokens = step_costs([teacher, ema], about, shape), math.prod(shape)
         figures |= {f"speedup_{tokens}_tokens": whole["step_ms"] / part["step_ms"],
                     f"flops_ratio_{tokens}_tokens": whole["gflops"] / part["gflops"]}
-    if rank == 0:
-        contact_sheet(path.with_suffix(".png"), ema, vae, small)
+    contact_sheet(path.with_suffix(".png"), ema, vae, small)
     print0(f"{path.with_suffix('.png')} shows:", *test_captions(about, "full", 8)[0], sep="\n  ")
     return summary("PRUNE", figures, began, "python distill.py")
 

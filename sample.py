@@ -24,8 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dit import (DiT, LaterStage, euler_times, find_generator, generate, load_dit, load_vae, test_captions,
                  text_encoder)
-from vae import (RATIOS, VAE, Abort, barrier, flag, launch, open_clips, print0, progress, reconstruct_clips, score,
-                 setup, summary, write_png)
+from vae import (RANK, RATIOS, VAE, WORLD, Abort, barrier, flag, launch, open_clips, print0, progress,
+                 reconstruct_clips, score, setup, summary, write_png)
 
 
 @dataclass
@@ -101,7 +101,7 @@ def vbench_prompts(path):
     return counts
 
 
-def write_vbench(cfg, model, vae, text, shape, recipe, fps, prompts, rank, world):
+def write_vbench(cfg, model, vae, text, shape, recipe, fps, prompts):
     """Write out/vbench/{prompt}-{i}.mp4 for the numbers of videos in prompts, but those that an earlier run wrote.
 
     VBench takes every file of the folder for a video, so each enters it whole, and the seeds stand beside it.
@@ -110,17 +110,17 @@ def write_vbench(cfg, model, vae, text, shape, recipe, fps, prompts, rank, world
     names = [f"{prompt}-{i}.mp4" for prompt, count in prompts.items() for i in range(count)]
     about = dict(weights=hashlib.sha256(model.proj_out.weight.cpu().numpy().tobytes()).hexdigest(), shape=list(shape),
                  times=recipe[0], guidance_scale=recipe[1], seeds={name: cfg.seed + i for i, name in enumerate(names)})
-    if rank == 0 and not note.exists():
+    if RANK == 0 and not note.exists():
         folder.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(about, indent=1))
-    barrier(world)
+    barrier()
     if json.loads(note.read_text()) != about:
         raise Abort(f"{folder} was begun with another checkpoint, list, seed or recipe: remove it and {note}")
-    todo = [name for name in names if not (folder / name).exists()][rank::world]
+    todo = [name for name in names if not (folder / name).exists()][RANK::WORLD]
     for name, _ in zip(todo, progress(0, len(todo))):
         prompt, seed = name[:name.rindex("-")], about["seeds"][name]
         video, = generate(model, vae, text([prompt]), shape, *recipe, seed=seed)
-        write_video(part := folder.with_name(f"vbench_part{rank}.mp4"), video, fps)
+        write_video(part := folder.with_name(f"vbench_part{RANK}.mp4"), video, fps)
         os.replace(part, folder / name)
     return dict(videos=len(names), written=len(todo))
 
@@ -182,7 +182,7 @@ def bench_table(cfg, model, vae, text, frames, size, recipe):
 
 def main(cfg):
     """Sample, score or measure; returns the figures of the summary line."""
-    began, (device, rank, world) = time.time(), setup(cfg.seed)
+    began, device = time.time(), setup(cfg)
     if cfg.format not in ("png", "npy", "mp4"):
         raise Abort(f"--format {cfg.format}: choose from png, npy, mp4")
     path = find_generator(cfg.out, cfg.checkpoint)
@@ -210,7 +210,7 @@ def main(cfg):
     if unknown and not trained.text_encoder:
         raise Abort(f"the checkpoint never saw: {' '.join(unknown)}. It knows: {' '.join(trained.words)}")
     if cfg.vbench:
-        figures = write_vbench(cfg, model, vae, text, shape, recipe, trained.fps, prompts, rank, world)
+        figures = write_vbench(cfg, model, vae, text, shape, recipe, trained.fps, prompts)
         return summary("SAMPLE", figures, began, f"vbench evaluate --videos_path {cfg.out}/vbench --dimension ...")
     videos = generate(model, vae, text(prompts), shape, *recipe, seed=cfg.seed)
     if not cfg.prompts:

@@ -15,7 +15,9 @@ import re
 import struct
 import sys
 import time
+import weakref
 import zlib
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -26,7 +28,11 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
-from torch.utils.flop_counter import FlopCounterMode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------ plumbing
@@ -40,7 +46,8 @@ class Abort(Exception):
         super().__init__(message.strip().rpartition("Abort: ")[2])  # without a loading process' traceback around it
 
 
-def flag(default, help):
+def flag(default, help=None):
+    """A field of a Config, and so a flag; without help, that of the class it inherits the field from."""
     return field(default=default, metadata={"help": help})
 
 
@@ -53,6 +60,36 @@ class Stage:
     seed: int = flag(0, "seeds weights, data and noise")
 
 
+@dataclass
+class Training(Stage):
+    """Flags of every stage that trains. A step's result depends on no number of processes or micro-batches."""
+    steps: int = flag(0, "training steps")
+    batch_size: int = flag(1, "clips per step, shared among all processes")
+    lr: float = flag(0., "AdamW's learning rate")
+    muon_lr: float = flag(.02, "Muon's, for the blocks' matrices and kernels; 0: AdamW trains them too")
+    accumulate: int = flag(1, "micro-batches that a process makes of its share of a batch, to need less memory")
+    clip: float = flag(0., "gradients are at most this long; 0: as long as they come")
+    bf16: bool = flag(False, "compute in bfloat16, the weights stay float32")
+    checkpointing: bool = flag(False, "keep only the blocks' inputs for the backward pass, compute the rest again")
+    compile: bool = flag(False, "compile the blocks with torch.compile")
+    save_every: int = flag(200, "steps between checkpoints")
+    log_every: int = flag(50, "steps between printed lines")
+    resume: bool = flag(False, "continue from the last checkpoint of an interrupted run, if there is one")
+    dry_run: bool = flag(False, "print parameters, FLOPs, memory and hours, and stop")
+    gpus: int = flag(1, "GPUs that --dry_run counts with")
+    gpu_tflops: float = flag(312., "and what each computes in a second at best: an A100's bfloat16")
+    utilisation: float = flag(.4, "and the share of it that training reaches")
+
+    def __post_init__(self):
+        processes = self.gpus if self.dry_run else WORLD
+        if self.batch_size % (processes * self.accumulate):
+            raise Abort(f"--batch_size {self.batch_size} does not divide among {processes} processes of "
+                        f"{self.accumulate} micro-batches: change it or --accumulate")
+
+
+PAPER = dict(muon_lr=0., clip=1., bf16=True, checkpointing=True, compile=True, save_every=1000, gpus=128)  # every stage
+
+
 def launch(main, Config, presets):
     """Run a stage from the command line; what the user can mend ends in one line on stderr and exit status 2."""
     parser = argparse.ArgumentParser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
@@ -63,7 +100,9 @@ def launch(main, Config, presets):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         if f.type is tuple:
             kind = {"type": lambda text: tuple(int(n) for n in text.split(",")), "metavar": "N,N,..."}
-        parser.add_argument(f"--{f.name}", default=f.default, help=f"{f.metadata['help']} ({f.default})", **kind)
+        fields_of = (getattr(c, "__dataclass_fields__", {}) for c in Config.__mro__)
+        said = next(own[f.name].metadata["help"] for own in fields_of if f.name in own and own[f.name].metadata["help"])
+        parser.add_argument(f"--{f.name}", default=f.default, help=f"{said} ({f.default})", **kind)
     preset = parser.parse_known_args()[0].preset
     if preset not in presets:
         parser.error(f"--preset {preset}: choose from {', '.join(presets)}")
@@ -71,33 +110,72 @@ def launch(main, Config, presets):
     try:
         main(Config(**vars(parser.parse_args())))
     except (Abort, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        parser.exit(2, f"{parser.prog}: {error}\n" if speaks() else None)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def setup(seed):
-    """Join torchrun's processes, if there are any. Returns this process's device, rank and the number of processes."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun's processes
+
+
+def setup(cfg):
+    """Join torchrun's processes, if there are any, which all draw the same random numbers. Returns the device."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
-    torch.manual_seed(seed + rank)  # DistributedDataParallel gives every rank the first one's weights
-    return device, rank, world
+    if WORLD > 1 and not dist.is_initialized():
+        with together():
+            dist.init_process_group("nccl" if cuda else "gloo")
+    torch.manual_seed(cfg.seed)
+    return device
 
 
-def print0(*args, sep=" "):
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(*args, sep=sep, flush=True)
+def once(function):
+    """Only the first of torchrun's processes does it."""
+    return (lambda *args, **kwargs: None) if RANK else function
+
+
+print0 = once(partial(print, flush=True))
+
+
+def speaks():
+    """Whether this process is the one to say why the job ends: the first that knows."""
+    return dist.distributed_c10d._get_default_store().add("speaks", 1) == 1 if dist.is_initialized() else RANK == 0
+
+
+@contextmanager
+def together():
+    """Where processes wait for each other: a missing one ends them all."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise Abort(f"another process of this job has ended: start it again with --resume ({error})".splitlines()[0]
+                    ) from None
+
+
+def barrier():
+    if WORLD > 1:
+        with together():
+            dist.barrier()
+
+
+def share(batch):
+    """This process's part of what belongs to the clips of a batch."""
+    count = len(batch) // WORLD
+    return batch[count * RANK:count * (RANK + 1)]
+
+
+def draw_noise(count, shape, device):
+    """This process's share of the noise for `count` clips, drawn one by one, so that no process holds that of all."""
+    clips = (torch.randn(shape, device=device) for _ in range(count))
+    return torch.stack([clip for i, clip in enumerate(clips) if i in share(range(count))])
 
 
 def progress(start, total):
     """Steps start .. total - 1: a bar on a terminal, elsewhere silent; the caller prints its lines with print0."""
-    return tqdm(range(start, total), initial=start, total=total, file=sys.stdout, disable=None, leave=False)
+    return tqdm(range(start, total), initial=start, total=total, file=sys.stdout, disable=RANK > 0 or None, leave=False)
 
 
 def learning_rate(step, steps, warmup=20, decay=.5):
@@ -149,43 +227,101 @@ def make_optimizers(model, lr, muon_lr):
     return [adamw, Muon(inner, muon_lr)] if inner else [adamw]
 
 
-def update(loss, optimizers, step, cfg, path):
-    """Take step number `step` of the optimisers down the gradient of loss, unless the loss is not finite."""
-    if not loss.isfinite():
-        raise Abort(f"loss is {loss.item()} at step {step + 1}, which is not taken; {path} is as last saved: "
-                    "start again with a lower --lr (and --muon_lr)")
-    loss.backward()
+def prepare(blocks, cfg):
+    """Have the forward pass of blocks compiled, and computed again for the backward pass, where cfg says so."""
+    for block in blocks if cfg.compile or cfg.checkpointing else []:
+        forward = type(block).forward
+        if cfg.compile and not cfg.dry_run:
+            torch._dynamo.config.recompile_limit = 64                                # once for each size of a block
+            forward = torch.compile(forward, dynamic=False)
+        block.forward = partial(forward, block)  # which deepcopy understands
+        if cfg.checkpointing:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def update(loss, batch, optimizers, step, cfg, path):
+    """Take step number `step` of the optimisers down the gradient of the loss for a batch, unless it is not finite.
+
+    batch: tensors of this process's share, which loss(*tensors) takes in cfg.accumulate micro-batches. It returns a
+    scalar, or a vector whose first entry is the loss. Returns the vector's mean over micro-batches and processes.
+    """
+    means = 0
+    for part in zip(*(x.chunk(cfg.accumulate) for x in batch)):
+        with torch.autocast(part[0].device.type, torch.bfloat16, enabled=cfg.bf16):
+            values = loss(*part).reshape(-1) / (cfg.accumulate * WORLD)
+        values[0].backward()
+        means = means + values.detach()
+    params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    for x in [means, *(p.grad for p in params if p.grad is not None)] * (WORLD > 1):
+        with together():
+            dist.all_reduce(whole := x.contiguous())
+        x.copy_(whole)
+    lengths = {"its gradient's length": nn.utils.clip_grad_norm_(params, cfg.clip)} if cfg.clip else {}
+    for name, value in {"loss": means[0], **lengths}.items():
+        if not value.isfinite():
+            raise Abort(f"{name} is {value.item()} at step {step + 1}, which is not taken; {path} is as last saved: "
+                        "start again with a lower --lr (and --muon_lr)")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("peak", group["lr"]) * learning_rate(step, cfg.steps)
         optimizer.step()
         optimizer.zero_grad()
+    return means
 
 
-def barrier(world):
-    if world > 1:
-        dist.barrier()
+for way in "", "_backward":  # torch counts a CPU's attention as nothing
+    gpu, cpu = (getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{x}{way}") for x in ("", "_for_cpu"))
+    flop_registry[cpu] = flop_registry[gpu]
 
 
-def parallel(module, world):
-    return nn.parallel.DistributedDataParallel(module) if world > 1 else module
+class Meter(TorchDispatchMode):
+    """Counts the FLOPs of what is computed under it, and the bytes of what is made: now and at most."""
+    flops = now = most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        storages = lambda tree: {x.untyped_storage()._cdata: x.untyped_storage() for x in tree_leaves(tree)
+                                 if isinstance(x, torch.Tensor)}
+        result, old = function(*args, **(kwargs := kwargs or {})), storages((args, kwargs))
+        self.flops += flop_registry.get(function.overloadpacket, lambda *_, **__: 0)(*args, **kwargs, out_val=result)
+        for key, storage in storages(result).items():
+            if key not in old:                                                       # no view
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return result
+
+    def add(self, count):
+        self.now += count
+        self.most = max(self.most, self.now)
 
 
-def dry_run(stage, model, train, infer):
-    """Count what a training step, train() -> loss, and an inference step, infer(), take; on the meta device."""
-    kept = []  # for the backward pass
-    keep = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x)
-    with FlopCounterMode(display=False) as training, keep:
-        train().backward()
-    with FlopCounterMode(display=False) as inference, torch.no_grad():
-        infer()
-    own, kept = ({x.untyped_storage()._cdata: x.untyped_storage() for x in xs} for xs in (model.parameters(), kept))
-    activations = sum(storage.nbytes() for key, storage in kept.items() if key not in own)
-    count = sum(p.numel() for p in model.parameters())
-    return summary(stage, dict(parameters=count, train_tflops=training.get_total_flops() / 1e12,
-                               infer_tflops=inference.get_total_flops() / 1e12, weights_gb=4 * count / 1e9,
-                               gradients_gb=4 * count / 1e9, adamw_gb=8 * count / 1e9,
-                               activations_gb=activations / 1e9))
+def dry_run(stage, cfg, describe):
+    """Count what training on cfg.gpus takes, with tensors that have sizes and no values.
+
+    describe(n), for n clips at a time, returns modules that are trained, other ones that are kept in memory, phases
+    (steps, loss and batch as for update) and what makes a sample or a step of it.
+    """
+    work, parts, training, inference = 0, cfg.gpus * cfg.accumulate, Meter(), Meter()
+    with FakeTensorMode():
+        trained, others, phases, infer = describe(cfg.batch_size // parts)
+        weights, rest = ({p: p.numel() for m in modules for p in m.parameters()} for modules in (trained, others))
+        for p in weights:
+            p.grad = torch.zeros_like(p)                                             # as in a second micro-batch
+        for steps, loss, batch in phases:
+            training.flops = 0
+            with training:
+                with torch.autocast("cpu", torch.bfloat16, enabled=cfg.bf16):
+                    value = loss(*batch).reshape(-1)[0]
+                value.backward()
+            work += steps * parts * training.flops
+        with inference, torch.no_grad():
+            infer()
+    count, held = sum(weights.values()), sum((weights | rest).values())
+    sizes = dict(weights_gb=4 * held, gradients_gb=4 * count, adamw_gb=8 * count, activations_gb=training.most)
+    figures = dict(parameters=sum(p.numel() for p in trained[0].parameters()),
+                   tflops_a_step=work / max(1, cfg.steps) / 1e12, tflops_to_infer=inference.flops / 1e12,
+                   **{k: n / 1e9 for k, n in sizes.items()}, gb_a_gpu=sum(sizes.values()) / 1e9, gpus=cfg.gpus,
+                   hours=work / (cfg.gpus * cfg.gpu_tflops * 1e12 * cfg.utilisation) / 3600)
+    return summary(stage, figures)
 
 
 def summary(stage, figures, began=None, then=None):
@@ -198,6 +334,11 @@ def summary(stage, figures, began=None, then=None):
     return figures
 
 
+def rng_state():
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+
+
+@once
 def save(path, **checkpoint):
     """Write a checkpoint of tensors and plain values so that `path` always holds a whole one, the old or the new."""
     path = Path(path)
@@ -234,20 +375,28 @@ def load(path, stage=None, finished=True):
     return checkpoint
 
 
+FREE = "resume", "out", "workers", "accumulate", "checkpointing", "compile", "log_every", "save_every"  # no result's
+
+
 def resume(path, cfg, modules, optimizers):
     """Load the state of an interrupted run of the same flags into modules (a dict) and optimizers; returns its step."""
+    if not Path(path).exists():
+        print0(f"{path} is not there yet: starting from scratch")
+        return 0
     checkpoint = load(path, finished=False)
-    changed = [k for k, v in asdict(cfg).items() if k not in ("resume", "out") and checkpoint["config"].get(k) != v]
+    changed = [k for k, v in asdict(cfg).items() if k not in FREE and checkpoint["config"].get(k) != v]
     if changed:
         raise Abort(f"{path} was made with another --{changed[0]}: resume with the flags that it was started with")
     for name, module in modules.items():
         module.load_state_dict(checkpoint[name])
     for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
         optimizer.load_state_dict(state)
-    torch.set_rng_state(checkpoint["rng"])
+    for set_state, state in zip((torch.set_rng_state, torch.cuda.set_rng_state), checkpoint["rng"]):
+        set_state(state)
     return checkpoint["step"]
 
 
+@once
 def write_png(path, video, fps=8):
     """Write video (3, F, H, W) in [-1, 1] as a PNG, animated (APNG) if it has more than one frame."""
     frames = ((rearrange(video, "c f h w -> f h w c").clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
@@ -748,22 +897,24 @@ class VAE(nn.Module):
         patches = self.reconstruct(latents * self.std + self.mean)
         return rearrange(patches, "b (c q p) f h w -> b c f (h p) (w q)", p=self.patch, q=self.patch)
 
-    def forward(self, video, cfg):
-        """video (B, 3, F, H, W), weights in cfg -> loss: reconstruction + KL + latent consistency; mean squared error.
+    def forward(self, video, noise, cfg):
+        """video (B, 3, F, H, W), noise like latents, weights in cfg -> (loss, mean squared error).
+
+        The loss: reconstruction + KL + latent consistency.
 
         Ours: the paper's losses are in a supplement that is not public. Its authors' VAE paper [48] finds that GAN,
         LPIPS and wavelet losses bring nothing at scale, and that a reconstruction, encoded again, should land on its
         own latents.
         """
         mean, logvar = self.posterior(self.to_patches(video))
-        z = mean + (logvar / 2).exp() * torch.randn_like(mean)
+        z = mean + (logvar / 2).exp() * noise
         output = self.reconstruct(z)
         loss, error = self.distance(output, video)
         loss = loss + cfg.kl_weight * .5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         if cfg.consistency_weight:
             again = self.posterior(output)[0]
             loss = loss + cfg.consistency_weight * (again - mean.detach()).square().mean()
-        return loss, error.detach()
+        return torch.stack([loss, error.detach()])
 
     def distance(self, output, video):
         """Patches of a reconstruction, and its video -> weighted L1 + 5 MSE, and the plain mean squared error.
@@ -843,25 +994,21 @@ def load_ltx(path, cfg):
 
 # ------------------------------------------------------------------------------------------------ training
 @dataclass
-class Config(VAEConfig):
+class Config(VAEConfig, Training):
     init: str = flag("", "LTX-Video's VAE to start from, diffusers' .safetensors; with --steps 0 to take as it is")
-    steps: int = flag(2000, "training steps")
-    batch_size: int = flag(8, "clips per process and step")
+    steps: int = flag(2000)
+    batch_size: int = flag(8)
     crop: tuple = flag((9, 64, 64), "Ours: frames, height and width of the crops that it trains on; 0,0,0: whole clips")
-    lr: float = flag(2e-3, "AdamW's learning rate")
-    muon_lr: float = flag(.02, "Muon's, for inner matrices and kernels; 0: AdamW trains them too")
+    lr: float = flag(2e-3)
     kl_weight: float = flag(1e-2, "weight of the KL divergence from N(0, I)")
     consistency_weight: float = flag(0., "weight of the latent consistency loss of H3AE [48]")
-    save_every: int = flag(200, "steps between checkpoints")
-    log_every: int = flag(100, "steps between printed lines")
-    resume: bool = flag(False, "continue an interrupted run from its last checkpoint")
-    dry_run: bool = flag(False, "print parameters, FLOPs and memory, and stop")
+    log_every: int = flag(100)
 
 
-PRESETS = {"toy": {}, "paper": dict(  # LTX's own sizes: 419,193,649 parameters
+PRESETS = {"toy": {}, "paper": PAPER | dict(  # LTX's own sizes: 419,193,649 parameters
     frames=33, size=(512, 512), fps=24., patch=0, widths=(128, 256, 512, 512), encoder_blocks=(4, 3, 3, 7),
-    decoder_blocks=(4, 3, 3, 7), light=False, steps=200_000, batch_size=1, crop=(0, 0, 0), lr=5e-5, muon_lr=0.,
-    kl_weight=1e-4, consistency_weight=.1, workers=8, save_every=1000)}
+    decoder_blocks=(4, 3, 3, 7), light=False, steps=200_000, batch_size=128, crop=(0, 0, 0), lr=5e-5, kl_weight=1e-4,
+    consistency_weight=.1, workers=8)}
 
 
 def draw(kinds, count, key):
@@ -871,24 +1018,26 @@ def draw(kinds, count, key):
     return kind, rng.integers(sizes[kind], size=count)
 
 
-def training_batch(clips, cfg, rank, step):
-    """Crops (B, 3, F, H, W) of clips, the same in every run: they depend on (seed, step, rank) alone."""
-    key, kinds = (cfg.seed, step, rank), list(clips.kinds.values())
-    kind, rows = draw(kinds, cfg.batch_size, key)
-    rng = np.random.default_rng((*key, 1))
-    return torch.stack([crop(clips.video(kinds[kind][row]), cfg.crop, rng) for row in rows])
+def crop_size(cfg):
+    return [min(m or n, n) for m, n in zip(cfg.crop, (cfg.frames, *cfg.size))]
 
 
 def crop(video, size, rng):
-    """Of two crops of size (F, H, W), or less where the video (3, F, H, W) is less, the one that shows more.
+    """Of two crops of size (F, H, W), of less where the video (3, F, H, W) has less, the one that shows more.
 
     Ours: most of a toy clip is background; eight crops show four times the objects of two clips in half the time.
     """
-    if not any(size):
-        return video
     spans = [(n - min(n, m), min(n, m)) for n, m in zip(video.shape[1:], size)]  # last start, length
     corners = rng.integers([start + 1 for start, _ in spans], size=(2, 3))
     return max((video[:, *(slice(a, a + m) for a, (_, m) in zip(corner, spans))] for corner in corners), key=torch.std)
+
+
+def training_batch(clips, cfg, step):
+    """This process's share of crops (B, 3, F, H, W) of clips that depend on (seed, step) alone."""
+    kinds = list(clips.kinds.values())
+    kind, rows = draw(kinds, cfg.batch_size, (cfg.seed, step))
+    return torch.stack([crop(clips.video(kinds[kind][row]), crop_size(cfg), np.random.default_rng((cfg.seed, step, row)))
+                        for row in share(rows)])
 
 
 @torch.no_grad()
@@ -917,44 +1066,49 @@ def evaluate(vae, cfg):
     return figures, rearrange([video[:6], output[:6]], "r b c f h w -> c f (r h) (b w)")
 
 
+def describe(cfg, n):
+    """What dry_run counts, for n clips at a time."""
+    vae = VAE(cfg)
+    prepare([*vae.encoder, *vae.decoder], cfg)
+    video, noise = torch.empty(n, 3, *crop_size(cfg)), torch.empty(n, *vae.latent_shape(*crop_size(cfg)))
+    return [vae], [], [(cfg.steps, partial(vae, cfg=cfg), (video, noise))], lambda: vae.decode(noise[:1])
+
+
 def main(cfg):
     """Train the VAE; returns the figures of its summary line."""
-    began, (device, rank, world) = time.time(), setup(cfg.seed)
-    path = Path(cfg.out) / "vae.pt"
-    with torch.device("meta" if cfg.dry_run else device):
+    if cfg.dry_run:
+        return dry_run("VAE", cfg, partial(describe, cfg))
+    began, device, path = time.time(), setup(cfg), Path(cfg.out) / "vae.pt"
+    with device:
         vae = (load_ltx(cfg.init, cfg) if cfg.init else VAE(cfg)).to(memory_format=torch.channels_last_3d)
     cfg = vae.cfg
     shape = vae.latent_shape(cfg.frames, *cfg.size)
-    print0(f"vae: {cfg.ratio}, latents {shape} of {cfg.data} clips {cfg.frames, *cfg.size}, {world} x {device.type}")
-    if cfg.dry_run:
-        size = [m or n for m, n in zip(cfg.crop, (cfg.frames, *cfg.size))]
-        video, latents = (torch.empty(n, *s, device="meta") for n, s in ((cfg.batch_size, (3, *size)), (1, shape)))
-        return dry_run("VAE", vae, lambda: vae(video, cfg)[0], lambda: vae.decode(latents))
+    print0(f"vae: {cfg.ratio}, latents {shape} of {cfg.data} clips {cfg.frames, *cfg.size}, {WORLD} x {device.type}")
+    vae.latent_shape(*crop_size(cfg))
     if not cfg.steps:
-        if rank == 0:
-            save(path, stage="vae", step=0, config=asdict(cfg), model=vae.state_dict())
+        save(path, stage="vae", step=0, config=asdict(cfg), model=vae.state_dict())
         figures = dict(parameters=sum(p.numel() for p in vae.parameters()))
         return summary("VAE", figures, began, "python dit.py --init TRANSFORMER")
     optimizers = make_optimizers(vae, cfg.lr, cfg.muon_lr)
     start = resume(path, cfg, {"model": vae}, optimizers) if cfg.resume else 0
-    clips, model = open_clips(cfg), parallel(vae, world)
+    clips = open_clips(cfg)
     loader = torch.utils.data.DataLoader(range(start, cfg.steps), None, num_workers=cfg.workers,
-                                         collate_fn=partial(training_batch, clips, cfg, rank),
+                                         collate_fn=partial(training_batch, clips, cfg),
                                          generator=torch.Generator())  # its own, so that workers change no noise
+    prepare([*vae.encoder, *vae.decoder], cfg)
     for step, video in zip(progress(start, cfg.steps), loader):
-        loss, error = model(video.to(device), cfg)
-        update(loss, optimizers, step, cfg, path)
+        noise = draw_noise(cfg.batch_size, vae.latent_shape(*video.shape[2:]), device)
+        loss, error = update(partial(vae, cfg=cfg), (video.to(device), noise), optimizers, step, cfg, path)
         if (step + 1) % cfg.log_every == 0:
             print0(f"step {step + 1}/{cfg.steps}  loss {loss:.4f}  psnr {10 * (4 / error).log10():.2f} dB  "
                    f"{(time.time() - began) / 60:.1f} min")
         if step + 1 == cfg.steps:
             vae.measure_latents(clips, 256)
-        if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
-            save(path, stage="vae", step=step + 1, config=asdict(cfg), model=vae.state_dict(),
-                 rng=torch.get_rng_state(), optimizer=[optimizer.state_dict() for optimizer in optimizers])
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+            save(path, stage="vae", step=step + 1, config=asdict(cfg), model=vae.state_dict(), rng=rng_state(),
+                 optimizer=[optimizer.state_dict() for optimizer in optimizers])
     figures, film = evaluate(vae, cfg)
-    if rank == 0:
-        write_png(path.with_suffix(".png"), film, cfg.fps)
+    write_png(path.with_suffix(".png"), film, cfg.fps)
     return summary("VAE", figures, began, f"look at {path.with_suffix('.png')}, then python dit.py")
 
 
