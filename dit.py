@@ -43,6 +43,7 @@ class DiTConfig:
     in_channels: int = flag(128, "channels of the latents")
     final_norm: str = flag("rms", "last norm: rms, as the paper has throughout, or layer, as LTX's weights need")
     absolute: bool = flag(True, "Ours: tokens know their place in the clip, of which RoPE tells only differences")
+    clean: bool = flag(True, "Ours: the network outputs clean latents, to which the velocity leads [Li & He 2025]")
 
 
 def rms_norm(x, weight=None, eps=1e-6):
@@ -168,7 +169,7 @@ class DiT(nn.Module):
         return x, embedded, (modulation, text, bias, rope)
 
     def unembed(self, x, embedded, latent_shape):
-        """Tokens after the last block (B, N, D), the embedded t (B, D), (f, h, w) -> velocity (B, C, f, h, w)."""
+        """Tokens after the last block (B, N, D), the embedded t (B, D), (f, h, w) -> output (B, C, f, h, w)."""
         x = rms_norm(x) if self.cfg.final_norm == "rms" else F.layer_norm(x, (self.cfg.width,), eps=1e-6)
         shift, scale = (self.table + embedded[:, None]).unsqueeze(2).unbind(1)
         return self.proj_out(modulate(x, shift, scale)).transpose(1, 2).unflatten(2, latent_shape)
@@ -178,7 +179,10 @@ class DiT(nn.Module):
         x, embedded, conditions = self.embed(latents, t, text_emb, text_mask)
         for block in self.blocks:
             x = block(x, *conditions)
-        return self.unembed(x, embedded, latents.shape[2:])
+        output = self.unembed(x, embedded, latents.shape[2:])
+        if self.cfg.clean:  # latents have far fewer directions than noise, which need not pass the network then
+            return (latents - output) / t.clamp(min=.05).view(-1, 1, 1, 1, 1)
+        return output
 
 
 LTX_NAMES = (("transformer_blocks", "blocks"), ("attn1", "self_attn"), ("attn2", "cross_attn"), ("to_out.0", "to_out"),
@@ -198,7 +202,7 @@ def load_ltx(path, cfg, compression=(8, 32)):
         cfg = replace(cfg, depth=sum(name.endswith("ffn.up.weight") for name in tensors), width=rows["proj_in.bias"],
                       num_heads=rows["blocks.0.self_attn.norm_q"] // cfg.head_dim, in_channels=rows["proj_out.bias"],
                       ffn_dim=rows["blocks.0.ffn.up.bias"], text_dim=columns["text_mlp.0.weight"], final_norm="layer",
-                      absolute=False)
+                      absolute=False, clean=False)
         model = DiT(cfg, cfg.fps, compression)
         model.load_state_dict(tensors | {k: v for k, v in model.state_dict().items() if k.endswith("head_ids")})
     except (KeyError, RuntimeError) as error:
@@ -428,7 +432,7 @@ class Config(GeneratorConfig, Training):
 
 PRESETS = {"toy": {}, "paper": PAPER | dict(  # Sec. 5: the server model, 2.0B
     frames=121, size=(576, 1024), fps=24., depth=28, width=2048, num_heads=32, ffn_dim=8192, text_dim=1024,
-    absolute=False, num_clips=10 ** 9, text_length=128, steps=200_000, batch_size=1024, lr=5e-5,
+    absolute=False, clean=False, num_clips=10 ** 9, text_length=128, steps=200_000, batch_size=1024, lr=5e-5,
     timestep_mean=0., timestep_std=1., ema=.9999, shift=8.)}
 
 

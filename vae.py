@@ -126,8 +126,12 @@ def setup(cfg):
     if cuda:
         torch.cuda.set_device(device)
     if WORLD > 1 and not dist.is_initialized():
+        # torchrun's store still holds the addresses of processes that died, which torch 2.13 takes for the new ones'.
+        # Nodes do not agree on this count: several need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in place of it.
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if os.environ.get("GROUP_WORLD_SIZE") == "1" else ""
         with together():
-            dist.init_process_group("nccl" if cuda else "gloo")
+            store = dist.PrefixStore(restart, next(dist.rendezvous("env://"))[0])
+            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=RANK, world_size=WORLD)
     torch.manual_seed(cfg.seed)
     return device
 
@@ -1036,8 +1040,8 @@ def training_batch(clips, cfg, step):
     """This process's share of crops (B, 3, F, H, W) of clips that depend on (seed, step) alone."""
     kinds = list(clips.kinds.values())
     kind, rows = draw(kinds, cfg.batch_size, (cfg.seed, step))
-    return torch.stack([crop(clips.video(kinds[kind][row]), crop_size(cfg), np.random.default_rng((cfg.seed, step, row)))
-                        for row in share(rows)])
+    drawn = ((clips.video(kinds[kind][row]), np.random.default_rng((cfg.seed, step, row))) for row in share(rows))
+    return torch.stack([crop(video, crop_size(cfg), rng) for video, rng in drawn])
 
 
 @torch.no_grad()
