@@ -180,8 +180,9 @@ class DiT(nn.Module):
         for block in self.blocks:
             x = block(x, *conditions)
         output = self.unembed(x, embedded, latents.shape[2:])
-        if self.cfg.clean:  # latents have far fewer directions than noise, which need not pass the network then
-            return (latents - output) / t.clamp(min=.05).view(-1, 1, 1, 1, 1)
+        if self.cfg.clean:  # latents have fewer directions than noise, which need not pass the network then; where t is
+            # small, the clamp, which bounds the weight of an error in the output, asks for a little noise as well
+            return (latents - output) / t.clamp(min=.5).view(-1, 1, 1, 1, 1)
         return output
 
 

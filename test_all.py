@@ -646,7 +646,7 @@ def test_kept_heads_keep_their_slices_of_rope():
 
 @torch.no_grad()
 def test_a_velocity_from_clean_latents_leads_to_them():
-    (x0, _, *text), model, t = tiny_inputs(), dit.DiT(replace(TINY_DIT, clean=True)), torch.tensor([.3, 1])
+    (x0, _, *text), model, t = tiny_inputs(), dit.DiT(replace(TINY_DIT, clean=True)), torch.tensor([.6, 1])
     x_t = dit.add_noise(x0, noise := torch.randn_like(x0), t)
     with patch.object(model, "unembed", lambda *_: x0):
         close(model(x_t, t, *text), noise - x0)
