@@ -565,6 +565,8 @@ def main(cfg):
         with torch.no_grad():
             model.text_mlp[0].bias += model.text_mlp[0].weight @ encode_text.null.to(device)
     if not cfg.steps:
+        if not cfg.init:
+            raise Abort("--steps 0 trains nothing: say with --init which weights to take as they are")
         save_dit(path, 0, cfg, about, model, model, [])
         figures = dict(parameters=sum(p.numel() for p in model.parameters()))
         return summary("DIT", figures, began, "python sample.py, or python prune.py --data FOLDER")

@@ -1090,6 +1090,8 @@ def main(cfg):
     print0(f"vae: {cfg.ratio}, latents {shape} of {cfg.data} clips {cfg.frames, *cfg.size}, {WORLD} x {device.type}")
     vae.latent_shape(*crop_size(cfg))
     if not cfg.steps:
+        if not cfg.init:
+            raise Abort("--steps 0 trains nothing: say with --init which weights to take as they are")
         save(path, stage="vae", step=0, config=asdict(cfg), model=vae.state_dict())
         figures = dict(parameters=sum(p.numel() for p in vae.parameters()))
         return summary("VAE", figures, began, "python dit.py --init TRANSFORMER")
