@@ -182,7 +182,7 @@ class DiT(nn.Module):
         output = self.unembed(x, embedded, latents.shape[2:])
         if self.cfg.clean:  # latents have fewer directions than noise, which need not pass the network then; where t is
             # small, the clamp, which bounds the weight of an error in the output, asks for a little noise as well
-            return (latents - output) / t.clamp(min=.5).view(-1, 1, 1, 1, 1)
+            return (latents - output) / t.clamp(.5, 1).view(-1, 1, 1, 1, 1)
         return output
 
 

@@ -96,7 +96,7 @@ def in_fp32(op):
     made_by = [getattr(getattr(value, "op", None), "op_type", "") for value in op.inputs.values()]
     users = [user for result in op.outputs for user in result.child_ops]
     return op.op_type in ("reduce_mean", "rsqrt", "sin", "cos") or "rsqrt" in made_by or (
-        op.op_type in ("mul", "add", "sub", "expand_dims") and all(map(in_fp32, users)))
+        op.op_type in ("mul", "add", "sub", "real_div", "expand_dims") and all(map(in_fp32, users)))
 
 
 def convert(path, module, bits, metadata):
@@ -132,7 +132,8 @@ def convert(path, module, bits, metadata):
 # ------------------------------------------------------------------------------------------------ execution
 # The operations that our packages use, with Core ML's names of arguments. Tensors are fp32, all else plain numbers.
 OPS = {
-    "add": lambda x, y: x + y, "sub": lambda x, y: x - y, "mul": lambda x, y: x * y, "cast": lambda x, dtype: x,
+    "add": lambda x, y: x + y, "sub": lambda x, y: x - y, "mul": lambda x, y: x * y, "real_div": lambda x, y: x / y,
+    "cast": lambda x, dtype: x,
     "sin": lambda x: x.sin(), "cos": lambda x: x.cos(), "rsqrt": lambda x, epsilon: (x + epsilon).rsqrt(),
     "silu": lambda x: F.silu(x), "clip": lambda x, alpha, beta: x.clamp(alpha, beta),
     "gelu": lambda x, mode: F.gelu(x, approximate={"EXACT": "none", "TANH_APPROXIMATION": "tanh"}[mode]),
