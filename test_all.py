@@ -1390,6 +1390,7 @@ def test_executor_knows_each_operation(folder):
                        * torch.from_numpy(gamma) + torch.from_numpy(gamma)),
         "linear": (lambda x: mb.linear(x=x, weight=weight, bias=bias),
                    torch.einsum("bij,kj->bik", x, torch.from_numpy(weight)) + torch.from_numpy(bias)),
+        "real_div": (lambda x, y: mb.real_div(x=x, y=mb.add(x=mb.mul(x=y, y=y), y=1.)), x * (1 + y ** 2) ** -1),
         "transpose": (lambda x: mb.transpose(x=x, perm=[2, 0, 1]), torch.einsum("abc->cab", x)),
         "reshape": (lambda x: mb.reshape(x=x, shape=[3, 16]), x.flatten().view(3, 16)),
         "expand_dims": (lambda x: mb.expand_dims(x=x, axes=[1]), x[:, None]),
