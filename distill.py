@@ -9,7 +9,7 @@ out/pruned.pt or out/dit.pt -> out/distilled.pt, out/distilled.png (the teacher'
 import copy
 import time
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,7 +48,7 @@ class Config(LaterStage, Training):
     score_clips: int = flag(48, "unseen captions of each test set whose samples are scored; 0 for none")
 
 
-PRESETS = {"toy": {}, "paper": PAPER | dict(  # Sec. 5
+PRESETS = {"toy": {}, "paper": PAPER | dict(  # Sec. 5. Ours: the batch, which the paper leaves open, and K
     steps=20_000, guidance_steps=0, batch_size=64, lr=1e-6, head_lr=1e-4, trunk=10, gpus=64)}
 
 
@@ -203,7 +203,6 @@ class Adversaries:
         return torch.stack([adversarial + self.cfg.reconstruction_weight * reconstruction, adversarial, reconstruction])
 
 
-# ------------------------------------------------------------------------------------------------ training
 def train(cfg, path, teacher, about, cache, device):
     """Distil the teacher. Writes checkpoints to path; returns the averaged generator and what it is and makes."""
     torch.manual_seed(cfg.seed)

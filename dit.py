@@ -160,7 +160,7 @@ class DiT(nn.Module):
         modulation = self.modulation(embedded).unflatten(-1, (6, self.cfg.width))                # (B, 6, D)
         text = self.text_mlp(text_emb)                                                           # (B, L, D)
         dtype = self.table.dtype                                         # not that of autocast, which is too coarse
-        bias = (text_mask.to(dtype)[:, None, None] - 1) * 1e4                                  # (B, 1, 1, L)
+        bias = (text_mask.to(dtype)[:, None, None] - 1) * 1e4                                    # (B, 1, 1, L)
         tables = [table.to(dtype) for table in                                                   # (N, D // 2)
                   rope_tables(latents.shape[2:], self.cfg.width, self.fps, self.compression, x.device)]
         if self.cfg.absolute:
@@ -431,7 +431,7 @@ class Config(GeneratorConfig, Training):
     log_every: int = flag(100)
 
 
-PRESETS = {"toy": {}, "paper": PAPER | dict(  # Sec. 5: the server model, 2.0B
+PRESETS = {"toy": {}, "paper": PAPER | dict(  # Sec. 5: the server model, 2.0B. Ours: the batch
     frames=121, size=(576, 1024), fps=24., depth=28, width=2048, num_heads=32, ffn_dim=8192, text_dim=1024,
     absolute=False, clean=False, num_clips=10 ** 9, text_length=128, steps=200_000, batch_size=1024, lr=5e-5,
     timestep_mean=0., timestep_std=1., ema=.9999, shift=8.)}

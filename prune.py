@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dit
 from dit import (LaterStage, add_noise, average, build, contact_sheet, encode_clips, flow_matching_loss, load_dit,
                  load_vae, recipe, save_dit, score_samples, step_inputs, test_captions, text_encoder, training_batch)
-from vae import (PAPER, WORLD, Abort, Training, dry_run, flag, launch, load, make_optimizers, prepare, print0, progress,
+from vae import (PAPER, Abort, Training, dry_run, flag, launch, load, make_optimizers, prepare, print0, progress,
                  resume, setup, share, summary, update)
 
 # ------------------------------------------------------------------------------------------------ candidates
@@ -339,7 +339,7 @@ class Config(LaterStage, Training):
     seeds: int = flag(1, "runs of each way in --ablation")
 
 
-PRESETS = {"toy": {}, "paper": PAPER | dict(  # Sec. 4.2.1. Ours: the numbers of steps; the paper gives a sum (200K)
+PRESETS = {"toy": {}, "paper": PAPER | dict(  # Sec. 4.2.1. Ours: batch, and steps, whose sum is known (200K)
     budget=1e9, groups=(7, 8, 4), search_steps=2000, search_lr=.01, steps=50_000, batch_size=1024, lr=5e-5,
     ema=.9999)}
 

@@ -229,7 +229,8 @@ def test_command_line_says_what_is_wrong(folder):
             ("--step", vae, "--step 3"), ("--nonsense", dit, "--nonsense 3"), ("many", vae, "--steps many"),
             ("128,wide", vae, "--size 128,wide"), ("--size", vae, "--size 128"), ("huge", vae, "--preset huge"),
             ("choose from 4x16x16", vae, "--ratio 8x8x8"), ("16 frames", vae, "--frames 16"),
-            ("--init", vae, "--steps 0"), ("8 frames do not", vae, "--crop 8,64,64"), ("100x128", vae, "--size 100,128"),
+            ("--init", vae, "--steps 0"), ("8 frames do not", vae, "--crop 8,64,64"),
+            ("100x128", vae, "--size 100,128"),
             ("--init", dit, f"--steps 0 --out {trained()}"), ("19 frames", vae, "--frames 19 --ratio 4x16x16"),
             ("is no folder", vae, f"--data {folder}/none"), ("holds no", vae, f"--data {folder}"),
             ("python vae.py first", dit, ""), ("python dit.py first", sample, ""),
@@ -651,6 +652,7 @@ def test_a_velocity_from_clean_latents_leads_to_them():
     x_t = dit.add_noise(x0, noise := torch.randn_like(x0), t)
     with patch.object(model, "unembed", lambda *_: x0):
         close(model(x_t, t, *text), noise - x0)
+        close(model(x_t, 0 * t + .2, *text), (x_t - x0) / .5)            # no error weighs more
     output = dit.DiT(replace(TINY_DIT, clean=False))
     output.load_state_dict(model.state_dict())
     close(model(x_t, t, *text), (x_t - output(x_t, t, *text)) / t.view(2, 1, 1, 1, 1))
@@ -1224,7 +1226,8 @@ def weights(folder):
 def copies(folder):
     """What each stage needs to start in folder/STAGE, without what it makes itself."""
     for module, (name, _) in STAGES.items():
-        shutil.copytree(trained(), folder / module.__name__, ignore=shutil.ignore_patterns(f"{name}.pt", "export*"))
+        shutil.copytree(trained(), folder / module.__name__,
+                        ignore=shutil.ignore_patterns(f"{name}.pt", "export*", "latents"))  # each encodes its share
     return folder
 
 

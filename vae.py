@@ -1009,7 +1009,7 @@ class Config(VAEConfig, Training):
     log_every: int = flag(100)
 
 
-PRESETS = {"toy": {}, "paper": PAPER | dict(  # LTX's own sizes: 419,193,649 parameters
+PRESETS = {"toy": {}, "paper": PAPER | dict(  # LTX's own sizes: 419,193,649 parameters. Ours: batch and clips
     frames=33, size=(512, 512), fps=24., patch=0, widths=(128, 256, 512, 512), encoder_blocks=(4, 3, 3, 7),
     decoder_blocks=(4, 3, 3, 7), light=False, steps=200_000, batch_size=128, crop=(0, 0, 0), lr=5e-5, kl_weight=1e-4,
     consistency_weight=.1, workers=8)}
@@ -1027,7 +1027,7 @@ def crop_size(cfg):
 
 
 def crop(video, size, rng):
-    """Of two crops of size (F, H, W), of less where the video (3, F, H, W) has less, the one that shows more.
+    """Of two random crops, (F, H, W) or less where the video (3, F, H, W) has less, the one that shows more.
 
     Ours: most of a toy clip is background; eight crops show four times the objects of two clips in half the time.
     """
@@ -1088,7 +1088,7 @@ def main(cfg):
     cfg = vae.cfg
     shape = vae.latent_shape(cfg.frames, *cfg.size)
     print0(f"vae: {cfg.ratio}, latents {shape} of {cfg.data} clips {cfg.frames, *cfg.size}, {WORLD} x {device.type}")
-    vae.latent_shape(*crop_size(cfg))
+    vae.latent_shape(*crop_size(cfg))  # raises where crops do not fit
     if not cfg.steps:
         if not cfg.init:
             raise Abort("--steps 0 trains nothing: say with --init which weights to take as they are")
