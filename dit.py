@@ -301,10 +301,12 @@ def euler_times(num_steps, shift=1.):
 
 
 @torch.no_grad()
-def sample(model, noise, text_emb, text_mask, times, guidance_scale=1.):
+def sample(model, noise, text_emb, text_mask, times, guidance_scale=1., renew=None):
     """Integrate the model's velocity from noise (B, C, f, h, w) at times[0] to times[-1] with Euler's method.
 
     guidance_scale other than 1 runs the model on the caption and on no caption, and goes that much beyond the latter.
+    renew() draws more such noise, for stochastic sampling [diffusers]. Ours: Euler's step keeps the noise that x_t and
+    the velocity imply, and with it the errors of earlier steps, which fresh noise covers for the model to mend.
     """
     x, guided = noise, guidance_scale != 1
     if guided:
@@ -315,7 +317,10 @@ def sample(model, noise, text_emb, text_mask, times, guidance_scale=1.):
         if guided:
             told, untold = velocity.chunk(2)
             velocity = untold + guidance_scale * (told - untold)
-        x = x + (t_next - t) * velocity
+        if renew:
+            x = (1 - t_next) * (x - t * velocity) + t_next * renew()  # Eq. (1)
+        else:
+            x = x + (t_next - t) * velocity
     return x
 
 
@@ -372,6 +377,7 @@ def encode_clips(cfg, vae, encode_text, device):
         *cache[kind], done = (np.load(folder / f"{kind}.{name}.npy", mmap_mode="r+")
                               for name in ("latents", "text_emb", "text_mask", "done"))
         todo = np.flatnonzero(np.asarray(done) == 0)
+        barrier()  # all have read it
         rows = todo[RANK::WORLD].tolist()
         loader = torch.utils.data.DataLoader([clips.kinds[kind][i] for i in rows], None, num_workers=cfg.workers,
                                              collate_fn=clips.clip, generator=torch.Generator())
@@ -412,7 +418,8 @@ class GeneratorConfig(DiTConfig, DataConfig):
     num_clips: int = flag(4000, "clips that are encoded and trained on, at most")
     text_length: int = flag(12, "words or tokens of a caption, the rest is cut off")
     num_steps: int = flag(40, "denoising steps of a sample")
-    guidance_scale: float = flag(2., "classifier-free guidance of the 40-step recipe")
+    guidance_scale: float = flag(1.25, "classifier-free guidance of the 40-step recipe")
+    stochastic: bool = flag(True, "Ours: every step draws fresh noise; --no-stochastic: Euler's method alone")
     shift: float = flag(6., "Ours: above 1, more of the sampling steps go near noise [6]")
     timestep_mean: float = flag(2., "Ours: t is, in training, the sigmoid of a normal variable [6] of this mean")
     timestep_std: float = flag(1.2, "and of this standard deviation")
@@ -434,7 +441,7 @@ class Config(GeneratorConfig, Training):
 PRESETS = {"toy": {}, "paper": PAPER | dict(  # Sec. 5: the server model, 2.0B. Ours: the batch
     frames=121, size=(576, 1024), fps=24., depth=28, width=2048, num_heads=32, ffn_dim=8192, text_dim=1024,
     absolute=False, clean=False, num_clips=10 ** 9, text_length=128, steps=200_000, batch_size=1024, lr=5e-5,
-    timestep_mean=0., timestep_std=1., ema=.9999, shift=8.)}
+    timestep_mean=0., timestep_std=1., ema=.9999, shift=8., guidance_scale=3., stochastic=False)}
 
 
 def save_dit(path, step, cfg, about, model, ema, optimizers, **others):
@@ -481,21 +488,21 @@ def find_generator(folder, checkpoint=""):
 
 
 @torch.no_grad()
-def generate(model, vae, text, shape, times, guidance_scale, seed=0):
+def generate(model, vae, text, shape, times, guidance_scale=1., stochastic=False, seed=0):
     """text = (text_emb, text_mask) -> video (B, 3, F, H, W) in [-1, 1] on the CPU. Clip i's noise has seed + i."""
     device, video = model.proj_in.weight.device, []
     for i in range(0, len(text[0]), 32):
         emb, mask = (y[i:i + 32].to(device) for y in text)
-        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed + i + j))
-                             for j in range(len(emb))]).to(device)
-        latents = sample(model, noise, emb, mask, times, guidance_scale)
+        generators = [torch.Generator().manual_seed(seed + i + j) for j in range(len(emb))]
+        draw = lambda: torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+        latents = sample(model, draw(), emb, mask, times, guidance_scale, draw if stochastic else None)
         video += [vae.decode(z[None])[0].clamp(-1, 1).cpu() for z in latents]
     return torch.stack(video)
 
 
 def recipe(about):
-    """Times and guidance scale that a generator samples with, unless told otherwise."""
-    return euler_times(about.num_steps, about.shift), about.guidance_scale
+    """Times, guidance scale, and whether each step draws noise, that a generator samples with unless told otherwise."""
+    return euler_times(about.num_steps, about.shift), about.guidance_scale, about.stochastic
 
 
 def test_captions(cfg, split, count):
@@ -507,12 +514,12 @@ def test_captions(cfg, split, count):
     return [caption(a) for a in said.tolist()], said
 
 
-def score_samples(model, vae, about, split, count, times, guidance_scale):
+def score_samples(model, vae, about, split, count, *recipe):
     """vae.score of samples for `count` captions of a test set of the synthetic clips."""
     captions, said = test_captions(about, split, count)
     text = text_encoder(about)(captions)
     shape = vae.latent_shape(about.frames, *about.size)
-    return score(generate(model, vae, text, shape, times, guidance_scale), said)
+    return score(generate(model, vae, text, shape, *recipe), said)
 
 
 @once
