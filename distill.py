@@ -206,7 +206,8 @@ class Adversaries:
 def train(cfg, path, teacher, about, cache, device):
     """Distil the teacher. Writes checkpoints to path; returns the averaged generator and what it is and makes."""
     torch.manual_seed(cfg.seed)
-    student = SimpleNamespace(**vars(about) | dict(num_steps=cfg.num_steps, guidance_scale=1., shift=1.))
+    student = SimpleNamespace(**vars(about) | dict(num_steps=cfg.num_steps, guidance_scale=1., shift=1.,
+                                              stochastic=False))
     model, ema, times = copy.deepcopy(teacher).requires_grad_(), copy.deepcopy(teacher), euler_times(cfg.num_steps)
     heads = (discriminator := Discriminator(teacher, cfg.trunk, cfg.head).to(device)).heads
     warm, adversary = replace(cfg, steps=cfg.guidance_steps), replace(cfg, steps=cfg.steps - cfg.guidance_steps)
@@ -244,11 +245,11 @@ COLUMNS = "full_semantic", "full_quality", "full_total", "open_semantic", "open_
 HEADER = " " * 48 + "".join(f"{column:>14}" for column in COLUMNS)
 
 
-def evaluate(table, name, models, vae, about, count, times, guidance_scale=1.):
+def evaluate(table, name, models, vae, about, count, *recipe):
     """Add a row of scores on both test sets, means over the models and their spread; returns the means by column."""
     values = []
     for model in models:
-        scores = {s: score_samples(model, vae, about, s, count, times, guidance_scale) for s in ("full", "open")}
+        scores = {s: score_samples(model, vae, about, s, count, *recipe) for s in ("full", "open")}
         values.append([scores[column[:4]][column[5:]] for column in COLUMNS])
     means = np.mean(values, 0).tolist()
     cell = "{:8.3f} {:.3f}" if len(models) > 1 else "{:14.3f}"  # format leaves the spread of one out
@@ -267,7 +268,9 @@ def ablation(cfg, path, teacher, vae, about, *rest):
              "guidance only": dict(guidance_steps=cfg.steps),
              "guidance, then Eq. 7-9": dict(guidance_steps=cfg.steps // 3), "Eq. 7-9, DiT block + MLP": printed}
     print0(HEADER)
-    for name, how in ("guided", recipe(about)), ("unguided", recipe(about)[:1]), ("few steps", [few]):
+    many, guidance_scale, stochastic = recipe(about)
+    for name, *how in (("guided", many, guidance_scale, stochastic), ("unguided", many, 1., stochastic),
+                       ("few steps", few)):
         evaluate(table, f"teacher, {name}", [teacher], vae, about, cfg.score_clips, *how)
     for name, changes in parts.items():
         models = [train(replace(cfg, seed=seed, resume=False, **changes), path, teacher, about, *rest)[0]
@@ -291,7 +294,7 @@ def speed(teacher, ema, vae, about, student):
         call(*args).cpu()
         return time.perf_counter() - began
 
-    calls = [(sample, m, noise, *text, *recipe(its)) for m, its in ((teacher, about), (ema, student))]
+    calls = [(sample, m, noise, *text, *recipe(its)[:2]) for m, its in ((teacher, about), (ema, student))]
     calls.append((vae.decode, noise))
     slow, fast, decode = np.median([[seconds(*call) for call in calls] for _ in range(10)], 0).tolist()
     few, many = (its.num_steps * (1 + (its.guidance_scale != 1)) for its in (student, about))

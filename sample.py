@@ -36,6 +36,7 @@ class Config(LaterStage):
     format: str = flag("png", "png (animated), npy (uint8, (F, H, W, 3)) or mp4 (needs pip install av)")
     num_steps: int = flag(0, "denoising steps; 0: what the checkpoint is made for")
     guidance_scale: float = flag(0., "classifier-free guidance, 1 for none; 0: what the checkpoint is made for")
+    stochastic: bool = flag(None, "fresh noise in every step; not given: as the checkpoint is made for")
     score: int = flag(0, "score this many clips of each test set, beside true ones, reconstructions and noise")
     vbench: str = flag("", "VBench_full_info.json or DIMENSION.txt: writes the folder out/vbench that VBench reads")
     bench: bool = flag(False, "measure one denoising step, decoding and a whole generation")
@@ -109,7 +110,7 @@ def write_vbench(cfg, model, vae, text, shape, recipe, fps, prompts):
     folder, note = Path(cfg.out) / "vbench", Path(cfg.out) / "vbench.json"
     names = [f"{prompt}-{i}.mp4" for prompt, count in prompts.items() for i in range(count)]
     about = dict(weights=hashlib.sha256(model.proj_out.weight.cpu().numpy().tobytes()).hexdigest(), shape=list(shape),
-                 times=recipe[0], guidance_scale=recipe[1], seeds={name: cfg.seed + i for i, name in enumerate(names)})
+                 recipe=list(recipe), seeds={name: cfg.seed + i for i, name in enumerate(names)})
     if RANK == 0 and not note.exists():
         folder.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(about, indent=1))
@@ -192,7 +193,8 @@ def main(cfg):
     shape = vae.latent_shape(frames, *size)
     text = text_encoder(trained)
     num_steps, guidance_scale = cfg.num_steps or trained.num_steps, cfg.guidance_scale or trained.guidance_scale
-    recipe = euler_times(num_steps, trained.shift), guidance_scale
+    stochastic = trained.stochastic if cfg.stochastic is None else cfg.stochastic
+    recipe = euler_times(num_steps, trained.shift), guidance_scale, stochastic
     print0(f"sample: {path}, {sum(p.numel() for p in model.parameters()):,} parameters, {num_steps} steps, "
            f"guidance {guidance_scale:g}, video {frames, *size}, {device.type}")
     if cfg.score:
