@@ -31,13 +31,16 @@ from vae import (PAPER, VAE, WORLD, Abort, Training, VAEConfig, draw_noise, dry_
 class Config(LaterStage, Training):
     init: str = flag("", "generator to distil; not given: out/pruned.pt, or out/dit.pt if there is none")
     steps: int = flag(400, "training steps, the warm start's among them")
-    guidance_steps: int = flag(0, "Ours: steps of the warm start, which regresses onto the teacher's guided steps")
+    guidance_steps: int = flag(200, "Ours: steps of the warm start, which regresses onto the teacher's guided steps")
+    guidance_scale: float = flag(2., "guidance of these")
     batch_size: int = flag(24)
     lr: float = flag(2e-4, "the generator's learning rate, AdamW")
     head_lr: float = flag(2e-3, "the discriminator's heads'")
     muon_lr: float = flag(.002, "Muon's in the warm start, for the generator's inner matrices")
     ema: float = flag(.95, "rate of the generator's moving average")
     num_steps: int = flag(4, "denoising steps that the generator is distilled to: k, the size of T")
+    shift: float = flag(3., "Ours: above 1, T, which the paper does not give, is nearer to noise; 1: 1, .75, .5, .25")
+    stochastic: bool = flag(True, "Ours: its steps draw fresh noise, as x_t does in training; --no-stochastic: Euler's")
     trunk: int = flag(3, "K: the generator's first blocks, which the discriminator inherits frozen")
     head: str = flag("dit", "discriminator's heads: dit, resblock2d (SnapGen-V's) or resblock3d (PCM's)")
     adversarial_weight: float = flag(1., "Ours: norm of L_adv's gradient at the generated clip, that of L_recon's is 1")
@@ -49,7 +52,8 @@ class Config(LaterStage, Training):
 
 
 PRESETS = {"toy": {}, "paper": PAPER | dict(  # Sec. 5. Ours: the batch, which the paper leaves open, and K
-    steps=20_000, guidance_steps=0, batch_size=64, lr=1e-6, head_lr=1e-4, trunk=10, gpus=64)}
+    steps=20_000, guidance_steps=0, batch_size=64, shift=1., stochastic=False, lr=1e-6, head_lr=1e-4, trunk=10,
+    gpus=64)}
 
 
 # ------------------------------------------------------------------------------------------------ the discriminator
@@ -130,10 +134,10 @@ class Discriminator(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------ the losses
-def draw_times(count, num_steps, device=None):
+def draw_times(count, times, device=None):
     """Times t and t' (count,), t' < t, uniformly from the pairs of T and 0. Ours: the 0, as else T_k, where the last
     step starts, has no t'; and no logit-normal, whose m and s the paper gives, but not what it would draw."""
-    pairs = torch.combinations(torch.tensor(euler_times(num_steps), device=device))
+    pairs = torch.combinations(torch.tensor(times, device=device))
     return pairs[torch.randint(len(pairs), (count,), device=device)].unbind(1)
 
 
@@ -206,9 +210,10 @@ class Adversaries:
 def train(cfg, path, teacher, about, cache, device):
     """Distil the teacher. Writes checkpoints to path; returns the averaged generator and what it is and makes."""
     torch.manual_seed(cfg.seed)
-    student = SimpleNamespace(**vars(about) | dict(num_steps=cfg.num_steps, guidance_scale=1., shift=1.,
-                                              stochastic=False))
-    model, ema, times = copy.deepcopy(teacher).requires_grad_(), copy.deepcopy(teacher), euler_times(cfg.num_steps)
+    how = dict(num_steps=cfg.num_steps, guidance_scale=1., shift=cfg.shift, stochastic=cfg.stochastic)
+    student = SimpleNamespace(**vars(about) | how)
+    model, ema = copy.deepcopy(teacher).requires_grad_(), copy.deepcopy(teacher)
+    times = euler_times(cfg.num_steps, cfg.shift)
     heads = (discriminator := Discriminator(teacher, cfg.trunk, cfg.head).to(device)).heads
     warm, adversary = replace(cfg, steps=cfg.guidance_steps), replace(cfg, steps=cfg.steps - cfg.guidance_steps)
     warm_optimizers, optimizers, head_optimizers = all_of_them = [
@@ -221,10 +226,10 @@ def train(cfg, path, teacher, about, cache, device):
         noise = partial(draw_noise, cfg.batch_size, x0.shape[1:], device)
         if step < cfg.guidance_steps:
             i = step % cfg.num_steps
-            loss = partial(guidance_loss, model, teacher, *times[i:i + 2], about.guidance_scale)
+            loss = partial(guidance_loss, model, teacher, *times[i:i + 2], cfg.guidance_scale)
             said = {"guidance": update(loss, (x0, noise(), *text), warm_optimizers, step, warm, path)[0]}
         else:
-            moments, own = map(share, draw_times(cfg.batch_size, cfg.num_steps, device)), step - cfg.guidance_steps
+            moments, own = map(share, draw_times(cfg.batch_size, times, device)), step - cfg.guidance_steps
             batch = x0, *moments, noise(), noise(), *text
             _, *scores = update(losses.discriminator_loss, batch, head_optimizers, own, adversary, path)
             _, *parts = update(losses.generator_loss, batch, optimizers, own, adversary, path)
@@ -260,7 +265,8 @@ def evaluate(table, name, models, vae, about, count, *recipe):
 
 def ablation(cfg, path, teacher, vae, about, *rest):
     """Table 5, and each part of the method alone, at equal steps; into out/ablation.txt. Returns the last's figures."""
-    printed, table, few = dict(guidance_steps=0), [HEADER], euler_times(cfg.num_steps)
+    printed, table = dict(guidance_steps=0), [HEADER]
+    few = lambda n: (euler_times(n, cfg.shift), 1., cfg.stochastic)
     parts = {"reconstruction only": printed | dict(adversarial_weight=0.),
              "adversarial only": printed | dict(reconstruction_weight=0.),
              "Eq. 7-9, lightweight ResBlock 3D [45]": printed | dict(head="resblock3d"),
@@ -270,14 +276,14 @@ def ablation(cfg, path, teacher, vae, about, *rest):
     print0(HEADER)
     many, guidance_scale, stochastic = recipe(about)
     for name, *how in (("guided", many, guidance_scale, stochastic), ("unguided", many, 1., stochastic),
-                       ("few steps", few)):
+                       ("few steps", *few(cfg.num_steps))):
         evaluate(table, f"teacher, {name}", [teacher], vae, about, cfg.score_clips, *how)
     for name, changes in parts.items():
         models = [train(replace(cfg, seed=seed, resume=False, **changes), path, teacher, about, *rest)[0]
                   for seed in range(cfg.seeds)]
-        figures = evaluate(table, name, models, vae, about, cfg.score_clips, few)
+        figures = evaluate(table, name, models, vae, about, cfg.score_clips, *few(cfg.num_steps))
     for n in 1, 2, 4, 8:
-        evaluate(table, f"the same, {n} steps", models, vae, about, cfg.score_clips, euler_times(n))
+        evaluate(table, f"the same, {n} steps", models, vae, about, cfg.score_clips, *few(n))
     path.with_suffix(".txt").write_text("\n".join(table) + "\n")
     return figures
 

@@ -421,14 +421,14 @@ class GeneratorConfig(DiTConfig, DataConfig):
     guidance_scale: float = flag(1.25, "classifier-free guidance of the 40-step recipe")
     stochastic: bool = flag(True, "Ours: every step draws fresh noise; --no-stochastic: Euler's method alone")
     shift: float = flag(6., "Ours: above 1, more of the sampling steps go near noise [6]")
-    timestep_mean: float = flag(2., "Ours: t is, in training, the sigmoid of a normal variable [6] of this mean")
+    timestep_mean: float = flag(1.5, "Ours: t is, in training, the sigmoid of a normal variable [6] of this mean")
     timestep_std: float = flag(1.2, "and of this standard deviation")
 
 
 @dataclass
 class Config(GeneratorConfig, Training):
     init: str = flag("", "LTX-Video's transformer to start from, as vae.py's --init; with --steps 0 to take as it is")
-    steps: int = flag(1900)
+    steps: int = flag(3500)
     batch_size: int = flag(24)
     lr: float = flag(3e-3)
     caption_dropout: float = flag(.1, "share of clips that train without caption, for guidance")

@@ -60,17 +60,22 @@ class Denoiser(torch.nn.Module):
     def __init__(self, model, shape, about):
         super().__init__()
         self.model, sizes = model, (shape, (), (), (about.text_length, about.text_dim), (about.text_length,))
+        if about.stochastic:
+            self.inputs, sizes = self.inputs | dict(noise="like latents, N(0, 1), new for each step"), (*sizes, shape)
         self.examples = tuple(model.table.new_zeros(1, *size) for size in sizes)
         # From outside, as coremltools, left to compute them, errs by 1e-5.
         self.tables = dit.rope_tables(shape[1:], model.cfg.width, model.fps, model.compression, model.table.device)
 
-    def forward(self, latents, t, t_next, text_emb, text_mask):
+    def forward(self, latents, t, t_next, text_emb, text_mask, noise=None):
         # A pruned model's blocks gather slices of their own, which the converter would store for each: 69 MB at paper
         # size. It cannot where the tables seem to depend on an input.
         pruned = self.model.cfg.num_heads * self.model.cfg.head_dim < self.model.cfg.width
         tables = [table + 0 * t for table in self.tables] if pruned else self.tables
         with patch.object(dit, "rope_tables", lambda *_: tables):
-            return latents + (t_next - t) * self.model(latents, t, text_emb, text_mask)
+            velocity = self.model(latents, t, text_emb, text_mask)
+        if noise is None:
+            return latents + (t_next - t) * velocity
+        return (1 - t_next) * (latents - t * velocity) + t_next * noise
 
 
 class Decoder(torch.nn.Module):
@@ -236,6 +241,8 @@ def check(modules, programs, about, bits, whole):
     text = text_encoder(about)([clips.caption(0)])
     x0 = rgb.vae.encode(clips.video(0)[None])
     x = noise = torch.randn_like(x0)
+    fresh = [torch.randn_like(x0)] * about.stochastic  # the same at every step
+    renew = (lambda: fresh[0]) if fresh else None
 
     def compare(kind, what, ours, true):
         error, bound = ((ours - true).norm() / true.norm()).item(), BOUNDS[bits][kind == "run_error"]
@@ -249,12 +256,13 @@ def check(modules, programs, about, bits, whole):
         noised = add_noise(x0, noise, at(t))
         for name, (emb, mask) in {"a caption": text, "no caption": [0 * part for part in text]}.items():
             compare("step_error", f"next_latents, t {t:.3f} -> {t_next:.3f}, {name}",
-                    denoiser(noised, at(t), at(t_next), emb, mask), sample(model, noised, emb, mask, [t, t_next]))
+                    denoiser(noised, at(t), at(t_next), emb, mask, *fresh),
+                    sample(model, noised, emb, mask, [t, t_next], renew=renew))
             if not whole:
                 print0("SKIPPED: other steps and the decoder, which take many minutes away from a Mac")
                 return errors
-        x = denoiser(x, at(t), at(t_next), *text)
-    true = sample(model, noise, *text, times)
+        x = denoiser(x, at(t), at(t_next), *text, *fresh)
+    true = sample(model, noise, *text, times, renew=renew)
     compare("frames_error", "frames", decoder(x0), rgb(x0))
     compare("run_error", f"next_latents after {len(times) - 1} steps", x, true)
     x, true = decoder(x), rgb(true)

@@ -1129,7 +1129,7 @@ def test_losses_of_the_adversaries():
 
 
 def test_times_go_down():
-    counts = Counter(zip(*(t.tolist() for t in distill.draw_times(20_000, 4))))
+    counts = Counter(zip(*(t.tolist() for t in distill.draw_times(20_000, dit.euler_times(4)))))
     assert set(counts) == {(a, b) for a in (1, .75, .5, .25) for b in (.75, .5, .25, 0) if b < a}
     assert max(abs(n - 2000) for n in counts.values()) < 250, counts
 
