@@ -1351,12 +1351,16 @@ def test_dry_run_counts_what_a_step_takes():
 # ------------------------------------------------------------------------------------------------ export_ios.py
 @lru_cache
 def exported(bits, pruned):
-    """A folder with packages of the tiny models, four steps without guidance, and the figures of their export."""
+    """A folder with packages of the tiny models, four steps without guidance, and the figures of their export.
+
+    The pruned one's steps draw noise.
+    """
     folder = Path(SHARED.name) / f"export{bits}{pruned}"
     folder.mkdir()
     shutil.copy(trained() / "vae.pt", folder)
     checkpoint = vae.load(trained() / "dit.pt")
-    checkpoint["generator"] |= dict(num_steps=4, guidance_scale=1., shift=1., num_heads=1 if pruned else 2)
+    checkpoint["generator"] |= dict(num_steps=4, guidance_scale=1., shift=1., num_heads=1 if pruned else 2,
+                                    stochastic=pruned)
     if pruned:  # one of two heads is left, and not the same one in both blocks
         model = dit.DiT(replace(TINY_DIT, num_heads=1))
         model.blocks[1].self_attn.head_ids += 1
@@ -1463,9 +1467,11 @@ def test_packages_say_what_they_are():
 def test_packages_compute_what_models_do():
     optional("coremltools")
     for bits, pruned, tolerance in ((16, False, 3e-3), (32, False, 1e-5), (16, True, 3e-3)):
-        (x, t, t_next, emb, mask), y = run_package("denoiser", bits, pruned)[1:]
+        (x, t, t_next, emb, mask, *noise), y = run_package("denoiser", bits, pruned)[1:]
         model, _ = dit.load_dit(exported(bits, pruned)[0] / "dit.pt")
-        close(y, x + (t_next - t) * model(x, t, emb, mask), tolerance)
+        velocity = model(x, t, emb, mask)
+        euler, clean = x + (t_next - t) * velocity, x - t * velocity
+        close(y, dit.add_noise(clean, *noise, t_next) if pruned else euler, tolerance)
         (z,), frames = run_package("decoder", bits, pruned)[1:]
         close(frames * 2 - 1, dit.load_vae(trained()).decode(z)[0].transpose(0, 1).clamp(-1, 1), 2 * tolerance)
     program = run_package("denoiser", 16, True)[0]
