@@ -31,10 +31,10 @@ from vae import (PAPER, VAE, WORLD, Abort, Training, VAEConfig, draw_noise, dry_
 class Config(LaterStage, Training):
     init: str = flag("", "generator to distil; not given: out/pruned.pt, or out/dit.pt if there is none")
     steps: int = flag(400, "training steps, the warm start's among them")
-    guidance_steps: int = flag(200, "Ours: steps of the warm start, which regresses onto the teacher's guided steps")
+    guidance_steps: int = flag(250, "Ours: steps of the warm start, which regresses onto the teacher's guided steps")
     guidance_scale: float = flag(2., "guidance of these")
     batch_size: int = flag(24)
-    lr: float = flag(2e-4, "the generator's learning rate, AdamW")
+    lr: float = flag(1e-4, "the generator's learning rate, AdamW")
     head_lr: float = flag(2e-3, "the discriminator's heads'")
     muon_lr: float = flag(.002, "Muon's in the warm start, for the generator's inner matrices")
     ema: float = flag(.95, "rate of the generator's moving average")
