@@ -177,19 +177,18 @@ class Adversaries:
     """The losses of a step, in which first the discriminator's heads are trained, then the generator."""
 
     def __init__(self, cfg, generator, discriminator):
-        self.cfg, self.generator, self.discriminator, self.place = cfg, generator, discriminator, None
+        self.cfg, self.generator, self.discriminator = cfg, generator, discriminator
 
-    def fakes(self, x0, t, t_next, noise, again, *text):
+    def fakes(self, x0, t, t_next, noise, *text):
         """Fake clips, and the generator's guess of the clean ones."""
-        if self.place != x0.storage_offset():  # else both losses are of the same clips
-            x_t = add_noise(x0, noise, t)
-            velocity = self.generator(x_t, t, *text)
-            self.place, self.made = x0.storage_offset(), (jump(x_t, velocity, t, t_next), jump(x_t, velocity, t, 0 * t))
-        return self.made
+        x_t = add_noise(x0, noise, t)
+        velocity = self.generator(x_t, t, *text)
+        return jump(x_t, velocity, t, t_next), jump(x_t, velocity, t, 0 * t)
 
-    def discriminator_loss(self, *batch):
+    def discriminator_loss(self, x0, t, t_next, noise, again, *text):
         """The heads' loss, the mean scores of real and fake clips, and how many are right."""
-        fake, (x0, _, t_next, _, again, *text) = self.fakes(*batch)[0].detach(), batch
+        with torch.no_grad():
+            fake, _ = self.fakes(x0, t, t_next, noise, *text)
         real = add_noise(x0, again, t_next)  # Eq. (7), real
         self.discriminator.heads.requires_grad_(True)
         both = self.discriminator(torch.cat([real, fake]), *(torch.cat([y, y]) for y in (t_next, *text)))
@@ -197,9 +196,9 @@ class Adversaries:
         right = torch.cat([d_real < 0, d_fake > 0]).float()
         return torch.stack([discriminator_loss(d_real, d_fake), d_real.mean(), d_fake.mean(), right.mean()])
 
-    def generator_loss(self, *batch):
+    def generator_loss(self, x0, t, t_next, noise, _, *text):
         """The generator's loss, and its parts."""
-        (fake, x0_hat), (x0, _, t_next, _, _, *text), self.place = self.fakes(*batch), batch, None
+        fake, x0_hat = self.fakes(x0, t, t_next, noise, *text)
         self.discriminator.heads.requires_grad_(False)
         fake.register_hook(partial(level, weight=self.cfg.adversarial_weight, batch_size=self.cfg.batch_size))
         adversarial = self.discriminator(fake, t_next, *text).float().mean()  # Eq. (9), adversarial
