@@ -300,13 +300,23 @@ def euler_times(num_steps, shift=1.):
     return (shift * t / (1 + (shift - 1) * t)).tolist()
 
 
+def advance(x, velocity, t, t_next, noise=None):
+    """One step from t to t_next: Euler's or, with new noise, a stochastic one [diffusers].
+
+    Ours: Euler's keeps the noise that x and the velocity imply, and with it the errors of earlier steps; new noise
+    covers them for the model to mend.
+    """
+    if noise is None:
+        return x + (t_next - t) * velocity
+    return (1 - t_next) * (x - t * velocity) + t_next * noise  # Eq. (1)
+
+
 @torch.no_grad()
 def sample(model, noise, text_emb, text_mask, times, guidance_scale=1., renew=None):
     """Integrate the model's velocity from noise (B, C, f, h, w) at times[0] to times[-1] with Euler's method.
 
     guidance_scale other than 1 runs the model on the caption and on no caption, and goes that much beyond the latter.
-    renew() draws more such noise, for stochastic sampling [diffusers]. Ours: Euler's step keeps the noise that x_t and
-    the velocity imply, and with it the errors of earlier steps, which fresh noise covers for the model to mend.
+    renew() draws more such noise, which makes the steps stochastic.
     """
     x, guided = noise, guidance_scale != 1
     if guided:
@@ -317,10 +327,7 @@ def sample(model, noise, text_emb, text_mask, times, guidance_scale=1., renew=No
         if guided:
             told, untold = velocity.chunk(2)
             velocity = untold + guidance_scale * (told - untold)
-        if renew:
-            x = (1 - t_next) * (x - t * velocity) + t_next * renew()  # Eq. (1)
-        else:
-            x = x + (t_next - t) * velocity
+        x = advance(x, velocity, t, t_next, renew and renew())
     return x
 
 
@@ -438,7 +445,7 @@ class Config(GeneratorConfig, Training):
     log_every: int = flag(100)
 
 
-PRESETS = {"toy": {}, "paper": PAPER | dict(  # Sec. 5: the server model, 2.0B. Ours: the batch
+PRESETS = {"toy": {}, "paper": PAPER | dict(  # Sec. 5: the server model, 2.0B. Ours: batch, guidance
     frames=121, size=(576, 1024), fps=24., depth=28, width=2048, num_heads=32, ffn_dim=8192, text_dim=1024,
     absolute=False, clean=False, num_clips=10 ** 9, text_length=128, steps=200_000, batch_size=1024, lr=5e-5,
     timestep_mean=0., timestep_std=1., ema=.9999, shift=8., guidance_scale=3., stochastic=False)}

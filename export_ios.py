@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dit
 import vae as vae_stage
-from dit import LaterStage, add_noise, build, find_generator, load_dit, load_vae, recipe, sample, text_encoder
+from dit import LaterStage, add_noise, advance, build, find_generator, load_dit, load_vae, recipe, sample, text_encoder
 from vae import VAE, Abort, flag, launch, open_clips, print0, setup, summary
 
 logging.getLogger("coremltools").setLevel(logging.ERROR)  # away from a Mac it warns at length that it cannot predict
@@ -72,10 +72,7 @@ class Denoiser(torch.nn.Module):
         pruned = self.model.cfg.num_heads * self.model.cfg.head_dim < self.model.cfg.width
         tables = [table + 0 * t for table in self.tables] if pruned else self.tables
         with patch.object(dit, "rope_tables", lambda *_: tables):
-            velocity = self.model(latents, t, text_emb, text_mask)
-        if noise is None:
-            return latents + (t_next - t) * velocity
-        return (1 - t_next) * (latents - t * velocity) + t_next * noise
+            return advance(latents, self.model(latents, t, text_emb, text_mask), t, t_next, noise)
 
 
 class Decoder(torch.nn.Module):

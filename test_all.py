@@ -801,6 +801,17 @@ def test_stochastic_sampling_of_a_gaussian():
     assert abs(x.mean() - mean) < .01 and abs(x.var() / variance - 1) < .02
 
 
+def test_fresh_noise_is_each_clips_own_and_not_in_the_last_step():
+    (model, about), autoencoder = dit.load_dit(trained() / "dit.pt"), dit.load_vae(trained())
+    make = lambda captions, times, *how, **seed: dit.generate(
+        model, autoencoder, dit.text_encoder(about)(captions), (8, 2, 1, 1), times, 1., *how, **seed)
+    two, times = ["a thing", "a red circle"], dit.euler_times(3)
+    fresh = make(two, times, True)
+    close(fresh[1:], make(two[1:], times, True, seed=1))
+    assert (fresh - make(two, times)).abs().max() > .01
+    close(make(two, [1., 0.], True), make(two, [1., 0.]))
+
+
 @torch.no_grad()
 def test_guidance():
     model, (x, _, text, mask), times = dit.DiT(TINY_DIT), tiny_inputs(), dit.euler_times(3)
