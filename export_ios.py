@@ -21,12 +21,11 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import dit
 import vae as vae_stage
 from dit import LaterStage, add_noise, advance, build, find_generator, load_dit, load_vae, recipe, sample, text_encoder
-from vae import VAE, Abort, flag, launch, open_clips, print0, setup, summary
+from vae import VAE, Abort, Meter, flag, launch, open_clips, print0, setup, summary
 
 logging.getLogger("coremltools").setLevel(logging.ERROR)  # away from a Mac it warns at length that it cannot predict
 
@@ -271,13 +270,13 @@ def report(modules, bits):
     """Print what each package holds and does, counted on the meta device, and its estimated latency; the figures."""
     figures = {}
     for name, module in modules.items():
-        with FlopCounterMode(display=False) as counter:
+        with Meter() as meter:
             module(*module.examples)
         results = [node.meta["val"] for node in torch.export.export(module, module.examples).graph.nodes
                    if not getattr(node.target, "is_view", True) and isinstance(node.meta["val"], torch.Tensor)]
         count = sum(p.numel() for part, p in module.named_parameters() if ".encoder" not in part)
         written = sum(result.numel() for result in results) * max(bits, 16) / 8
-        flops, size = counter.get_total_flops(), count * bits / 8
+        flops, size = meter.flops, count * bits / 8
         ms = 1e3 * max(flops / FLOPS, (size + 2 * written) / BANDWIDTH)
         print0(f"{name}: {count:,} parameters, {size / 1e6:.4g} MB; a call: {flops / 1e9:.4g} GFLOPs, writes "
                f"{written / 1e6:.4g} MB of activations, takes an iPhone 16 Pro Max {ms:.3g} ms (an estimate)")

@@ -21,14 +21,12 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed._tools.mem_tracker import MemTracker
-from torch.utils.flop_counter import FlopCounterMode
 
 import dit
 from dit import (LaterStage, add_noise, average, build, contact_sheet, encode_clips, flow_matching_loss, load_dit,
                  load_vae, recipe, save_dit, score_samples, step_inputs, test_captions, text_encoder, training_batch)
-from vae import (PAPER, Abort, Training, dry_run, flag, launch, load, make_optimizers, prepare, print0, progress,
-                 resume, setup, share, summary, update)
+from vae import (PAPER, Abort, Meter, Training, dry_run, flag, launch, load, make_optimizers, prepare, print0,
+                 progress, resume, setup, share, summary, update)
 
 # ------------------------------------------------------------------------------------------------ candidates
 SIZES = "depth", "num_heads", "ffn_dim"             # of a DiT, one for each level of granularity
@@ -256,12 +254,10 @@ def step_costs(models, about, latent_shape):
         models[j](*inputs).sum().item()                                  # .item() waits for a GPU
         times[i, j] = 1e3 * (time.perf_counter() - began)
     for model, ms in zip(models, np.median(times[2:], 0)):
-        model = copy.deepcopy(model).requires_grad_()                    # MemTracker fails on frozen weights
-        with FlopCounterMode(display=False) as flops, MemTracker() as memory:
-            memory.track_external(model)
+        with Meter() as meter:
             model(*inputs)
-        peak = sum(kinds["Total"] for kinds in memory.get_tracker_snapshot("peak").values())
-        costs.append(dict(step_ms=float(ms), gflops=flops.get_total_flops() / 1e9, peak_mb=peak / 1e6))
+        weights = sum(p.nbytes for p in model.parameters())
+        costs.append(dict(step_ms=float(ms), gflops=meter.flops / 1e9, peak_mb=(weights + meter.most) / 1e6))
     return costs
 
 

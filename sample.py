@@ -20,11 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from torch.utils.flop_counter import FlopCounterMode
 
 from dit import (DiT, LaterStage, euler_times, find_generator, generate, load_dit, load_vae, test_captions,
                  text_encoder)
-from vae import (RANK, RATIOS, VAE, WORLD, Abort, barrier, flag, launch, open_clips, print0, progress,
+from vae import (RANK, RATIOS, VAE, WORLD, Abort, Meter, barrier, flag, launch, open_clips, print0, progress,
                  reconstruct_clips, score, setup, summary, write_png)
 
 
@@ -154,10 +153,10 @@ def bench(model, vae, text, frames, size):
     latents = torch.randn(1, *vae.latent_shape(frames, *size), device=device)
     emb, mask = (y[:1].to(device) for y in text)
     t = torch.full((1,), .5, device=device)
-    with FlopCounterMode(display=False) as flops:
+    with Meter() as meter:
         model(latents, t, emb, mask)
     step = median_ms(lambda: model(latents, t, emb, mask))
-    return dict(tokens=latents[0, 0].numel(), gflops=flops.get_total_flops() / 1e9, step_ms=step,
+    return dict(tokens=latents[0, 0].numel(), gflops=meter.flops / 1e9, step_ms=step,
                 decode_ms=median_ms(lambda: vae.decode(latents), 5), peak_gb=peak_gb())
 
 
