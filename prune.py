@@ -323,7 +323,7 @@ class Config(LaterStage, Training):
     groups: tuple = flag((3, 3, 6), "blocks, heads and FFN channels that make a group")
     search_steps: int = flag(60, "steps of the search for the units to keep")
     search_lr: float = flag(.1, "learning rate of the candidates' logits")
-    steps: int = flag(1500, "fine-tuning steps")
+    steps: int = flag(3000, "fine-tuning steps")
     batch_size: int = flag(24)
     lr: float = flag(2e-3)
     alpha: float = flag(.01, "weight of KD (Sec. 4.2.2); 0: without")
