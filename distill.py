@@ -30,13 +30,13 @@ from vae import (PAPER, VAE, WORLD, Abort, Training, VAEConfig, draw_noise, dry_
 @dataclass
 class Config(LaterStage, Training):
     init: str = flag("", "generator to distil; not given: out/pruned.pt, or out/dit.pt if there is none")
-    steps: int = flag(400, "training steps, the warm start's among them")
-    guidance_steps: int = flag(250, "Ours: steps of the warm start, which regresses onto the teacher's guided steps")
-    guidance_scale: float = flag(2., "guidance of these")
+    steps: int = flag(600, "training steps, the warm start's among them")
+    guidance_steps: int = flag(450, "Ours: steps of the warm start, which regresses onto the teacher's guided steps")
+    guidance_scale: float = flag(1.5, "guidance of these")
     batch_size: int = flag(24)
-    lr: float = flag(1e-4, "the generator's learning rate, AdamW")
+    lr: float = flag(2e-5, "the generator's learning rate, AdamW")
     head_lr: float = flag(2e-3, "the discriminator's heads'")
-    muon_lr: float = flag(.002, "Muon's in the warm start, for the generator's inner matrices")
+    muon_lr: float = flag(.01, "Muon's in the warm start, for the generator's inner matrices")
     ema: float = flag(.95, "rate of the generator's moving average")
     num_steps: int = flag(4, "denoising steps that the generator is distilled to: k, the size of T")
     shift: float = flag(3., "Ours: above 1, T, which the paper does not give, is nearer to noise; 1: 1, .75, .5, .25")

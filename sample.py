@@ -194,8 +194,9 @@ def main(cfg):
     num_steps, guidance_scale = cfg.num_steps or trained.num_steps, cfg.guidance_scale or trained.guidance_scale
     stochastic = trained.stochastic if cfg.stochastic is None else cfg.stochastic
     recipe = euler_times(num_steps, trained.shift), guidance_scale, stochastic
-    print0(f"sample: {path}, {sum(p.numel() for p in model.parameters()):,} parameters, {num_steps} steps, "
-           f"guidance {guidance_scale:g}, video {frames, *size}, {device.type}")
+    print0(f"sample: {path}, {sum(p.numel() for p in model.parameters()):,} parameters, {num_steps} "
+           f"{'stochastic' if stochastic else 'Euler'} steps, guidance {guidance_scale:g}, video {frames, *size}, "
+           f"{device.type}")
     if cfg.score:
         return summary("SAMPLE", score_table(cfg, model, vae, text, shape, recipe, trained), began)
     if cfg.bench:

@@ -872,7 +872,7 @@ def test_sample_writes_what_is_asked_for(folder):
     for flags in (["--prompts", f"{folder}/prompts.txt", "--format", "npy"], ["--prompts", f"{folder}/prompts.txt"],
                   ["--prompt", "a red circle moves left"], ["--format", "npy"]):
         _, out, error = command(sample, "--checkpoint", f"{trained()}/dit.pt", "--out", str(folder), *flags)
-        assert "3 steps, guidance 1.25" in out and out.splitlines()[-2].startswith("SAMPLE "), out + error
+        assert "3 stochastic steps, guidance 1.25" in out and out.splitlines()[-2].startswith("SAMPLE "), out + error
     films = [np.load(folder / f"000{i}.npy") for i in (0, 1)]
     assert films[0].shape == (9, 32, 32, 3) and films[0].dtype == np.uint8 and not np.array_equal(*films)
     for name, film in {"0000.png": films[0], "0001.png": films[1], "sample.png": films[0]}.items():
