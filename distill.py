@@ -30,13 +30,11 @@ from vae import (PAPER, VAE, WORLD, Abort, Training, VAEConfig, draw_noise, dry_
 @dataclass
 class Config(LaterStage, Training):
     init: str = flag("", "generator to distil; not given: out/pruned.pt, or out/dit.pt if there is none")
-    steps: int = flag(600, "training steps, the warm start's among them")
-    guidance_steps: int = flag(450, "Ours: steps of the warm start, which regresses onto the teacher's guided steps")
-    guidance_scale: float = flag(1.5, "guidance of these")
+    steps: int = flag(150)
     batch_size: int = flag(24)
-    lr: float = flag(2e-5, "the generator's learning rate, AdamW")
+    lr: float = flag(1e-4, "the generator's learning rate, AdamW")
     head_lr: float = flag(2e-3, "the discriminator's heads'")
-    muon_lr: float = flag(.01, "Muon's in the warm start, for the generator's inner matrices")
+    muon_lr: float = flag(0.)
     ema: float = flag(.95, "rate of the generator's moving average")
     num_steps: int = flag(4, "denoising steps that the generator is distilled to: k, the size of T")
     shift: float = flag(3., "Ours: above 1, T, which the paper does not give, is nearer to noise; 1: 1, .75, .5, .25")
@@ -52,8 +50,7 @@ class Config(LaterStage, Training):
 
 
 PRESETS = {"toy": {}, "paper": PAPER | dict(  # Sec. 5. Ours: the batch, which the paper leaves open, and K
-    steps=20_000, guidance_steps=0, batch_size=64, shift=1., stochastic=False, lr=1e-6, head_lr=1e-4, trunk=10,
-    gpus=64)}
+    steps=20_000, batch_size=64, shift=1., stochastic=False, lr=1e-6, head_lr=1e-4, trunk=10, gpus=64)}
 
 
 # ------------------------------------------------------------------------------------------------ the discriminator
@@ -163,15 +160,6 @@ def level(gradient, weight, batch_size):
     return weight / batch_size * gradient / length
 
 
-def guidance_loss(model, teacher, t, t_next, guidance_scale, x0, noise, *text):
-    """Ours: one unguided step of the model against two guided ones of the teacher, from t to t_next. What guidance
-    adds for the caption's sake is not in the real clips, so Eq. 7-9 do not teach it."""
-    t_b = torch.full((len(x0),), t, device=x0.device)
-    x_t = add_noise(x0, noise, t_b)
-    there = sample(teacher, x_t, *text, [t, (t + t_next) / 2, t_next], guidance_scale)
-    return (model(x_t, t_b, *text) - (there - x_t) / (t_next - t)).square().mean()
-
-
 # ------------------------------------------------------------------------------------------------ training
 class Adversaries:
     """The losses of a step, in which first the discriminator's heads are trained, then the generator."""
@@ -214,33 +202,26 @@ def train(cfg, path, teacher, about, cache, device):
     model, ema = copy.deepcopy(teacher).requires_grad_(), copy.deepcopy(teacher)
     times = euler_times(cfg.num_steps, cfg.shift)
     heads = (discriminator := Discriminator(teacher, cfg.trunk, cfg.head).to(device)).heads
-    warm, adversary = replace(cfg, steps=cfg.guidance_steps), replace(cfg, steps=cfg.steps - cfg.guidance_steps)
-    warm_optimizers, optimizers, head_optimizers = all_of_them = [
-        make_optimizers(*how) for how in ((model, cfg.lr, cfg.muon_lr), (model, cfg.lr, 0), (heads, cfg.head_lr, 0))]
-    start = resume(path, cfg, dict(model=model, ema=ema, heads=heads), sum(all_of_them, [])) if cfg.resume else 0
+    optimizers, head_optimizers = make_optimizers(model, cfg.lr, cfg.muon_lr), make_optimizers(heads, cfg.head_lr, 0)
+    both = optimizers + head_optimizers
+    start = resume(path, cfg, dict(model=model, ema=ema, heads=heads), both) if cfg.resume else 0
     losses, began, log = Adversaries(cfg, model, discriminator), time.time(), []
     prepare([*model.blocks, *heads], cfg), prepare(teacher.blocks, replace(cfg, compile=False))  # as it is timed later
     for step in progress(start, cfg.steps):
         x0, *text = draw_batch(cache, cfg.batch_size, (cfg.seed, step), device)
         noise = partial(draw_noise, cfg.batch_size, x0.shape[1:], device)
-        if step < cfg.guidance_steps:
-            i = step % cfg.num_steps
-            loss = partial(guidance_loss, model, teacher, *times[i:i + 2], cfg.guidance_scale)
-            said = {"guidance": update(loss, (x0, noise(), *text), warm_optimizers, step, warm, path)[0]}
-        else:
-            moments, own = map(share, draw_times(cfg.batch_size, times, device)), step - cfg.guidance_steps
-            batch = x0, *moments, noise(), noise(), *text
-            _, *scores = update(losses.discriminator_loss, batch, head_optimizers, own, adversary, path)
-            _, *parts = update(losses.generator_loss, batch, optimizers, own, adversary, path)
-            said = dict(zip(("D(real)", "D(fake)", "right", "adversarial", "reconstruction"), scores + parts))
+        moments = map(share, draw_times(cfg.batch_size, times, device))
+        batch = x0, *moments, noise(), noise(), *text
+        _, *scores = update(losses.discriminator_loss, batch, head_optimizers, step, cfg, path)
+        _, *parts = update(losses.generator_loss, batch, optimizers, step, cfg, path)
         average(ema, model, cfg.ema, step)
-        log.append({name: value.item() for name, value in said.items()})
+        log.append([value.item() for value in scores + parts])
         if (step + 1) % cfg.log_every == 0:
-            means = (f"{name} {np.mean([line[name] for line in log if name in line]):.3f}" for name in said)
-            print0(f"step {step + 1}/{cfg.steps} ", *means, f" {(time.time() - began) / 60:.1f} min")
-            log.clear()
+            names = "D(real)", "D(fake)", "right", "adversarial", "reconstruction"
+            said = map("{} {:.3f}".format, names, np.mean(log[-cfg.log_every:], 0))
+            print0(f"step {step + 1}/{cfg.steps} ", *said, f" {(time.time() - began) / 60:.1f} min")
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            save_dit(path, step + 1, cfg, student, model, ema, sum(all_of_them, []), heads=heads)
+            save_dit(path, step + 1, cfg, student, model, ema, both, heads=heads)
     return ema, student
 
 
@@ -264,14 +245,10 @@ def evaluate(table, name, models, vae, about, count, *recipe):
 
 def ablation(cfg, path, teacher, vae, about, *rest):
     """Table 5, and each part of the method alone, at equal steps; into out/ablation.txt. Returns the last's figures."""
-    printed, table = dict(guidance_steps=0), [HEADER]
-    few = lambda n: (euler_times(n, cfg.shift), 1., cfg.stochastic)
-    parts = {"reconstruction only": printed | dict(adversarial_weight=0.),
-             "adversarial only": printed | dict(reconstruction_weight=0.),
-             "Eq. 7-9, lightweight ResBlock 3D [45]": printed | dict(head="resblock3d"),
-             "Eq. 7-9, ResBlock-2D + temporal attention [49]": printed | dict(head="resblock2d"),
-             "guidance only": dict(guidance_steps=cfg.steps),
-             "guidance, then Eq. 7-9": dict(guidance_steps=cfg.steps // 3), "Eq. 7-9, DiT block + MLP": printed}
+    few, table = lambda n: (euler_times(n, cfg.shift), 1., cfg.stochastic), [HEADER]
+    parts = {"reconstruction only": dict(adversarial_weight=0.), "adversarial only": dict(reconstruction_weight=0.),
+             "Eq. 7-9, lightweight ResBlock 3D [45]": dict(head="resblock3d"),
+             "Eq. 7-9, ResBlock-2D + temporal attention [49]": dict(head="resblock2d"), "Eq. 7-9, DiT block + MLP": {}}
     print0(HEADER)
     many, guidance_scale, stochastic = recipe(about)
     for name, *how in (("guided", many, guidance_scale, stochastic), ("unguided", many, 1., stochastic),

@@ -734,7 +734,7 @@ def test_every_stage_runs_on_ltx_weights(folder):
     dit.main(replace(cfg, score_clips=0))                                # trained on from there
     with patch.object(prune, "PHONE", (1, 4, 4)):
         prune.main(replace(TINY_PRUNE, groups=(3, 2, 4), out=str(folder), score_clips=0))
-    distill.main(replace(TINY_DISTILL, out=str(folder), score_clips=0, guidance_steps=0))
+    distill.main(replace(TINY_DISTILL, out=str(folder), score_clips=0))
     assert dit.load_dit(folder / "distilled.pt")[1].text_encoder == cfg.text_encoder
     sample.main(sample.Config(out=str(folder), prompt="a zebra moves left"))
     optional("coremltools")
@@ -1095,7 +1095,7 @@ def test_tables_of_fig_3_and_table_4(folder):
 
 
 # ------------------------------------------------------------------------------------------------ distill.py
-TINY_DISTILL = distill.Config(steps=6, guidance_steps=3, batch_size=4, trunk=1, num_steps=2, score_clips=2,
+TINY_DISTILL = distill.Config(steps=6, batch_size=4, trunk=1, num_steps=2, score_clips=2,
                               save_every=2, log_every=2)
 
 
@@ -1190,7 +1190,7 @@ def test_distill_resumes_to_the_same_bits(folder):
     cfg = replace(TINY_DISTILL, init=f"{trained()}/dit.pt", out=str(folder / "whole"))
     figures, parts = distill.main(cfg), replace(cfg, out=str(folder / "parts"))
     assert figures["evaluations"] == 2 and figures["evaluations_teacher"] == 6
-    for again in (False, True):                                          # broken off in the warm start and after it
+    for again in (False, True):                                          # broken off twice
         with patch.object(dit, "save", breaking(dit.save, 1)):
             aborts("broken off", distill.main, replace(parts, resume=again))
     distill.main(replace(parts, resume=True))
@@ -1210,21 +1210,21 @@ def test_distill_says_what_is_wrong(folder):
                          ("no generator", f"--init {trained()}/vae.pt")):
         status, _, error = command(distill, "--out", str(folder), *flags.split())
         assert status == 2 and words in error and error.count("\n") == 1, error
-    for guidance_steps, part in ((6, "guidance_loss"), (0, "discriminator_loss"), (0, "reconstruction_loss")):
-        cfg = replace(TINY_DISTILL, guidance_steps=guidance_steps, out=str(folder), init=f"{trained()}/dit.pt")
+    for part in "discriminator_loss", "reconstruction_loss":
+        cfg = replace(TINY_DISTILL, out=str(folder), init=f"{trained()}/dit.pt")
         poisoned = Mock(wraps=getattr(distill, part))
         nan = torch.tensor(math.nan, requires_grad=True)
         poisoned.side_effect = lambda *_: DEFAULT if poisoned.call_count < 5 else nan
         with patch.object(distill, part, poisoned):
-            aborts("nan at step 5" if guidance_steps else "nan at step", distill.main, cfg)
+            aborts("nan at step 5", distill.main, cfg)
         kept = vae.load(folder / "distilled.pt", finished=False)
         assert kept["step"] == 4 and all(v.isfinite().all() for v in kept["ema"].values()), part
 
 
 def test_ablation_has_every_row(folder):
     cfg = replace(TINY_DISTILL, init=f"{trained()}/dit.pt", out=str(folder), ablation=True, seeds=2, steps=2)
-    figures, table = distill.main(replace(cfg, guidance_steps=1)), (folder / "ablation.txt").read_text().splitlines()
-    assert len(table) == 1 + 3 + 7 + 4 and f"{figures['full_quality']:.3f}" in table[10]
+    figures, table = distill.main(cfg), (folder / "ablation.txt").read_text().splitlines()
+    assert len(table) == 1 + 3 + 5 + 4 and f"{figures['full_quality']:.3f}" in table[8]
 
 
 # ------------------------------------------------------------------------------------------------ training at scale
