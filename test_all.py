@@ -1095,8 +1095,7 @@ def test_tables_of_fig_3_and_table_4(folder):
 
 
 # ------------------------------------------------------------------------------------------------ distill.py
-TINY_DISTILL = distill.Config(steps=6, batch_size=4, trunk=1, num_steps=2, score_clips=2,
-                              save_every=2, log_every=2)
+TINY_DISTILL = distill.Config(steps=6, batch_size=4, trunk=1, num_steps=2, score_clips=2, save_every=2, log_every=2)
 
 
 def tiny_adversary(head="dit", trunk=1):
