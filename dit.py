@@ -23,6 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
+import vae as vae_stage
 from vae import (PAPER, RANK, VAE, WORLD, Abort, DataConfig, Stage, Training, VAEConfig, barrier, caption, draw,
                  draw_noise, dry_run, flag, launch, load, make_optimizers, once, open_clips, prepare, print0, progress,
                  read_ltx, reconstruct_clips, resume, rng_state, save, score, setup, share, summary, update, words,
@@ -449,6 +450,7 @@ PRESETS = {"toy": {}, "paper": PAPER | dict(  # Sec. 5: the server model, 2.0B. 
     frames=121, size=(576, 1024), fps=24., depth=28, width=2048, num_heads=32, ffn_dim=8192, text_dim=1024,
     absolute=False, clean=False, num_clips=10 ** 9, text_length=128, steps=200_000, batch_size=1024, lr=5e-5,
     timestep_mean=0., timestep_std=1., ema=.9999, shift=8., guidance_scale=3., stochastic=False)}
+MOBILE = dict(depth=20, num_heads=20, ffn_dim=6144, num_steps=4, guidance_scale=1., shift=1.)  # pruned and distilled
 
 
 def save_dit(path, step, cfg, about, model, ema, optimizers, **others):
@@ -465,6 +467,15 @@ def save_dit(path, step, cfg, about, model, ema, optimizers, **others):
 def build(about):
     """The generator, untrained, that `about` describes."""
     return DiT(DiTConfig(**{f.name: getattr(about, f.name) for f in fields(DiTConfig)}), about.fps, about.compression)
+
+
+def untrained(device, **changes):
+    """The paper's server model but for the changes, its VAE, and what it is; to measure, or to export."""
+    about = Config(**PRESETS["paper"] | changes)
+    with torch.device(device):
+        vae = VAE(vae_stage.Config(**vae_stage.PRESETS["paper"]))
+        about.compression = vae.compression
+        return build(about).eval().requires_grad_(False), vae.eval().requires_grad_(False), about
 
 
 @dataclass

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 
 import dit
 import vae as vae_stage
-from dit import LaterStage, add_noise, advance, build, find_generator, load_dit, load_vae, recipe, sample, text_encoder
+from dit import (MOBILE, LaterStage, add_noise, advance, build, find_generator, load_dit, load_vae, recipe, sample,
+                 text_encoder, untrained)
 from vae import VAE, Abort, Meter, flag, launch, open_clips, print0, setup, summary
 
 logging.getLogger("coremltools").setLevel(logging.ERROR)  # away from a Mac it warns at length that it cannot predict
@@ -305,12 +306,8 @@ def main(cfg):
     if cfg.bits not in BOUNDS:
         raise Abort(f"--bits {cfg.bits}: choose from {', '.join(map(str, BOUNDS))}")
     if cfg.preset == "paper" and not path.exists():
-        path, about = "random weights", dit.Config(**dit.PRESETS["paper"] | dict(
-            depth=20, num_heads=20, ffn_dim=6144, num_steps=4, guidance_scale=1., shift=1.))
-        with torch.device("meta" if cfg.dry_run else "cpu"):
-            vae = VAE(vae_stage.Config(**vae_stage.PRESETS["paper"]))
-            about.compression = vae.compression
-            model = build(about)
+        path = "random weights"
+        model, vae, about = untrained("meta" if cfg.dry_run else "cpu", **MOBILE)
     else:
         model, about = load_dit(path, data=cfg.data)
         vae = load_vae(path.parent, name=about.vae)

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from dit import (DiT, LaterStage, euler_times, find_generator, generate, load_dit, load_vae, test_captions,
-                 text_encoder)
+from dit import (MOBILE, LaterStage, build, find_generator, generate, load_dit, load_vae, recipe, step_inputs,
+                 test_captions, text_encoder, untrained)
 from vae import (RANK, RATIOS, VAE, WORLD, Abort, Meter, barrier, flag, launch, open_clips, print0, progress,
                  reconstruct_clips, score, setup, summary, write_png)
 
@@ -33,17 +33,19 @@ class Config(LaterStage):
     prompt: str = flag("", "caption of one video, written to out/sample.FORMAT")
     prompts: str = flag("", "file of captions, one a line, whose videos are written to out/0000.FORMAT and on")
     format: str = flag("png", "png (animated), npy (uint8, (F, H, W, 3)) or mp4 (needs pip install av)")
-    num_steps: int = flag(0, "denoising steps; 0: what the checkpoint is made for")
-    guidance_scale: float = flag(0., "classifier-free guidance, 1 for none; 0: what the checkpoint is made for")
-    stochastic: bool = flag(None, "fresh noise in every step; not given: as the checkpoint is made for")
+    num_steps: int = flag(None, "denoising steps; not given: what the checkpoint is made for, as the next four")
+    guidance_scale: float = flag(None, "classifier-free guidance, 1 for none")
+    stochastic: bool = flag(None, "fresh noise in every step")
+    frames: int = flag(None, "frames of a video")
+    size: tuple = flag(None, "its height and width")
     score: int = flag(0, "score this many clips of each test set, beside true ones, reconstructions and noise")
     vbench: str = flag("", "VBench_full_info.json or DIMENSION.txt: writes the folder out/vbench that VBench reads")
-    bench: bool = flag(False, "measure one denoising step, decoding and a whole generation")
-    frames: int = flag(0, "frames of a video; 0: as in training")
-    size: tuple = flag((), "its height and width; as in training if not given")
+    bench: bool = flag(False, "measure one denoising step and decoding; paper's preset: untrained where --out is empty")
+    bf16: bool = flag(False, "compute in bfloat16, the weights stay float32")
+    compile: bool = flag(False, "compile the DiT's blocks with torch.compile")
 
 
-PRESETS = {"toy": {}}
+PRESETS = {"toy": {}, "paper": dict(bf16=True, compile=True)}
 
 
 def write_video(path, video, fps):
@@ -67,15 +69,21 @@ def write_video(path, video, fps):
             container.mux(stream.encode())
 
 
-def score_table(cfg, model, vae, text, shape, recipe, trained):
+def make_videos(model, vae, about, captions, seed):
+    """Videos (B, 3, F, H, W) in [-1, 1] for captions, by the recipe and of the size that about says."""
+    shape = vae.latent_shape(about.frames, *about.size)
+    return generate(model, vae, text_encoder(about)(captions), shape, *recipe(about), seed=seed)
+
+
+def score_table(cfg, model, vae, about):
     """Score the generator on both test sets, beside true clips, their reconstructions and noise."""
-    if trained.data != "synthetic":
+    if about.data != "synthetic":
         raise Abort("--score reads the synthetic clips' attributes; this checkpoint was trained on a folder")
     figures, first = {}, True
     for split in "full", "open":
-        captions, said = test_captions(trained, split, cfg.score)
-        true, again = reconstruct_clips(vae, open_clips(trained, split), range(cfg.score))
-        generated = generate(model, vae, text(captions), shape, *recipe, seed=cfg.seed)
+        captions, said = test_captions(about, split, cfg.score)
+        true, again = reconstruct_clips(vae, open_clips(about, split), range(cfg.score))
+        generated = make_videos(model, vae, about, captions, cfg.seed)
         rows = dict(generated=generated, reconstructed=again, true=true, noise=torch.rand_like(true[:16]) * 2 - 1)
         for name, video in rows.items():
             row = score(video, said[:len(video)])
@@ -101,39 +109,41 @@ def vbench_prompts(path):
     return counts
 
 
-def write_vbench(cfg, model, vae, text, shape, recipe, fps, prompts):
+def write_vbench(cfg, model, vae, about, prompts):
     """Write out/vbench/{prompt}-{i}.mp4 for the numbers of videos in prompts, but those that an earlier run wrote.
 
     VBench takes every file of the folder for a video, so each enters it whole, and the seeds stand beside it.
     """
     folder, note = Path(cfg.out) / "vbench", Path(cfg.out) / "vbench.json"
     names = [f"{prompt}-{i}.mp4" for prompt, count in prompts.items() for i in range(count)]
-    about = dict(weights=hashlib.sha256(model.proj_out.weight.cpu().numpy().tobytes()).hexdigest(), shape=list(shape),
-                 recipe=list(recipe), seeds={name: cfg.seed + i for i, name in enumerate(names)})
+    made = dict(weights=hashlib.sha256(model.proj_out.weight.cpu().numpy().tobytes()).hexdigest(), frames=about.frames,
+                size=list(about.size), recipe=list(recipe(about)),
+                seeds={name: cfg.seed + i for i, name in enumerate(names)})
     if RANK == 0 and not note.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(about, indent=1))
+        note.write_text(json.dumps(made, indent=1))
     barrier()
-    if json.loads(note.read_text()) != about:
+    if json.loads(note.read_text()) != made:
         raise Abort(f"{folder} was begun with another checkpoint, list, seed or recipe: remove it and {note}")
     todo = [name for name in names if not (folder / name).exists()][RANK::WORLD]
     for name, _ in zip(todo, progress(0, len(todo))):
-        prompt, seed = name[:name.rindex("-")], about["seeds"][name]
-        video, = generate(model, vae, text([prompt]), shape, *recipe, seed=seed)
-        write_video(part := folder.with_name(f"vbench_part{RANK}.mp4"), video, fps)
+        video, = make_videos(model, vae, about, [name[:name.rindex("-")]], made["seeds"][name])
+        write_video(part := folder.with_name(f"vbench_part{RANK}.mp4"), video, about.fps)
         os.replace(part, folder / name)
     return dict(videos=len(names), written=len(todo))
 
 
-def median_ms(step, count=50):
-    """Median time of step() in ms, after two to warm up."""
+def median_ms(call, count=50, seconds=20):
+    """Median time of call() in ms, of as many as the seconds allow, after two to warm up."""
     times = []
     for _ in range(count + 2):
         began = time.perf_counter()
-        step()
+        call()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - began))
+        if len(times) > 5 and sum(times[2:]) > 1e3 * seconds:
+            break
     return float(np.median(times[2:]))
 
 
@@ -145,86 +155,97 @@ def peak_gb():
 
 
 @torch.no_grad()
-def bench(model, vae, text, frames, size):
-    """One denoising step and decoding at the size of video: a row of figures."""
+def bench(name, model, vae, about, matmul_tflops):
+    """Print and return the figures of a denoising step, of decoding, and of a video of about's recipe of both."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    device = model.proj_in.weight.device
-    latents = torch.randn(1, *vae.latent_shape(frames, *size), device=device)
-    emb, mask = (y[:1].to(device) for y in text)
-    t = torch.full((1,), .5, device=device)
-    with Meter() as meter:
-        model(latents, t, emb, mask)
-    step = median_ms(lambda: model(latents, t, emb, mask))
-    return dict(tokens=latents[0, 0].numel(), gflops=meter.flops / 1e9, step_ms=step,
-                decode_ms=median_ms(lambda: vae.decode(latents), 5), peak_gb=peak_gb())
+    shape = vae.latent_shape(about.frames, *about.size)
+    with torch.device("meta"), Meter() as meter:
+        build(about)(*step_inputs(about, shape[1:], 1))
+    inputs = step_inputs(about, shape[1:], 1, model.table.device)
+    step, decode = median_ms(lambda: model(*inputs)), median_ms(lambda: vae.decode(inputs[0]), 5)
+    evaluations = about.num_steps * (1 + (about.guidance_scale != 1))
+    row = dict(parameters=sum(p.numel() for p in model.parameters()), tokens=math.prod(shape[1:]),
+               gflops=meter.flops / 1e9, step_ms=step, utilisation=meter.flops / step / 1e9 / matmul_tflops,
+               decode_ms=decode, peak_gb=peak_gb(), evaluations=evaluations,
+               fps=1e3 * about.frames / (evaluations * step + decode))
+    print0(f"{name:16}", *(f"{k} {v:<9,}" if isinstance(v, int) else f"{k} {v:<9.4g}" for k, v in row.items()))
+    return row
 
 
-def bench_table(cfg, model, vae, text, frames, size, recipe):
-    """Print the checkpoint's figures, then Table 3: the same DiT, untrained, under the VAE of every ratio."""
-    device, null = model.proj_in.weight.device, text([""])
-    shape = vae.latent_shape(frames, *size)
-    began = time.perf_counter()
-    generate(model, vae, null, shape, *recipe)
-    figures = dict(parameters=sum(p.numel() for p in model.parameters()), **bench(model, vae, null, frames, size),
-                   generation_fps=frames / (time.perf_counter() - began))
+def bench_tables(cfg, generators):
+    """Print Table 1's figures of (name, model, VAE, what it is)s; then Table 3's, of the first with untrained VAEs."""
+    _, model, vae, about = generators[0]
+    device = model.table.device
+    kind, n = torch.bfloat16 if cfg.bf16 else torch.float32, 8192 if device.type == "cuda" else 2048
+    x = torch.randn(n, n, device=device, dtype=kind)
+    rate = 2 * n ** 3 / median_ms(lambda: x @ x, 10) / 1e9
+    print0(f"{n} x {n} matrices are multiplied at {rate:.4g} TFLOP/s")
+    figures = [bench(*generator, rate) for generator in generators][0]
     for ratio in sorted(RATIOS, key=lambda r: -math.prod(RATIOS[r])):  # so that each has a higher peak of memory
-        variant = VAE(replace(vae.cfg, ratio=ratio)).eval().to(device)
-        dit = DiT(model.cfg, model.fps, variant.compression).eval().to(device)
+        with device:
+            variant = VAE(replace(vae.cfg, ratio=ratio)).eval().requires_grad_(False)
+        model.compression = variant.compression
         try:
-            row = bench(dit, variant, null, frames, size)
+            bench(ratio, model, variant, about, rate)
         except Abort as error:
             print0(f"{ratio}: {error}")
-            continue
-        print0(f"{ratio:10}", *(f"{k} {v:<10.4g}" for k, v in row.items()))
     return figures
 
 
-def main(cfg):
-    """Sample, score or measure; returns the figures of the summary line."""
-    began, device = time.time(), setup(cfg)
-    if cfg.format not in ("png", "npy", "mp4"):
-        raise Abort(f"--format {cfg.format}: choose from png, npy, mp4")
-    path = find_generator(cfg.out, cfg.checkpoint)
-    model, trained = load_dit(path, device=device, data=cfg.data)
-    vae = load_vae(path.parent, device, trained.vae)
-    frames, size = cfg.frames or trained.frames, cfg.size or trained.size
-    shape = vae.latent_shape(frames, *size)
-    text = text_encoder(trained)
-    num_steps, guidance_scale = cfg.num_steps or trained.num_steps, cfg.guidance_scale or trained.guidance_scale
-    stochastic = trained.stochastic if cfg.stochastic is None else cfg.stochastic
-    recipe = euler_times(num_steps, trained.shift), guidance_scale, stochastic
-    print0(f"sample: {path}, {sum(p.numel() for p in model.parameters()):,} parameters, {num_steps} "
-           f"{'stochastic' if stochastic else 'Euler'} steps, guidance {guidance_scale:g}, video {frames, *size}, "
-           f"{device.type}")
-    if cfg.score:
-        return summary("SAMPLE", score_table(cfg, model, vae, text, shape, recipe, trained), began)
-    if cfg.bench:
-        return summary("SAMPLE", bench_table(cfg, model, vae, text, frames, size, recipe), began)
-    prompts = [cfg.prompt] if cfg.prompt else test_captions(trained, "full", 8)[0]
+def write_samples(cfg, model, vae, about):
+    """Write what is asked for; returns figures of the summary line, and what to do next."""
+    began, prompts = time.time(), [cfg.prompt] if cfg.prompt else test_captions(about, "full", 8)[0]
     if cfg.prompts:
         prompts = [line for line in Path(cfg.prompts).read_text().splitlines() if line.strip()]
     if cfg.vbench:
         prompts = vbench_prompts(Path(cfg.vbench))
     if not prompts:
         raise Abort(f"{cfg.prompts or cfg.vbench} has no captions: write one a line")
-    unknown = sorted({word for prompt in prompts for word in prompt.lower().split()} - set(trained.words))
-    if unknown and not trained.text_encoder:
-        raise Abort(f"the checkpoint never saw: {' '.join(unknown)}. It knows: {' '.join(trained.words)}")
+    unknown = sorted({word for prompt in prompts for word in prompt.lower().split()} - set(about.words))
+    if unknown and not about.text_encoder:
+        raise Abort(f"the checkpoint never saw: {' '.join(unknown)}. It knows: {' '.join(about.words)}")
     if cfg.vbench:
-        figures = write_vbench(cfg, model, vae, text, shape, recipe, trained.fps, prompts)
-        return summary("SAMPLE", figures, began, f"vbench evaluate --videos_path {cfg.out}/vbench --dimension ...")
-    videos = generate(model, vae, text(prompts), shape, *recipe, seed=cfg.seed)
+        return write_vbench(cfg, model, vae, about, prompts), f"vbench evaluate --videos_path {cfg.out}/vbench ..."
+    videos = make_videos(model, vae, about, prompts, cfg.seed)
     if not cfg.prompts:
         columns = min(4, len(videos))
         paths, videos = [f"sample.{cfg.format}"], [rearrange(videos, "(r k) c f h w -> c f (r h) (k w)", k=columns)]
     else:
         paths = [f"{i:04d}.{cfg.format}" for i in range(len(videos))]
     for name, video in zip(paths, videos):
-        write_video(Path(cfg.out) / name, video, trained.fps)
+        write_video(Path(cfg.out) / name, video, about.fps)
     print0(*prompts, sep="\n")
-    return summary("SAMPLE", dict(videos=len(prompts), seconds_per_video=(time.time() - began) / len(prompts)), began,
-                   f"look at {Path(cfg.out) / paths[0]}")
+    figures = dict(videos=len(prompts), seconds_per_video=(time.time() - began) / len(prompts))
+    return figures, f"look at {Path(cfg.out) / paths[0]}"
+
+
+def main(cfg):
+    """Sample, score or measure; returns the figures of the summary line."""
+    began, device, path = time.time(), setup(cfg), find_generator(cfg.out, cfg.checkpoint)
+    if cfg.format not in ("png", "npy", "mp4"):
+        raise Abort(f"--format {cfg.format}: choose from png, npy, mp4")
+    if cfg.bench and cfg.preset == "paper" and not path.exists():
+        generators = [(f"untrained {name}", *untrained(device, **changes))
+                      for name, changes in dict(server={}, mobile=MOBILE).items()]
+    else:
+        model, about = load_dit(path, device=device, data=cfg.data)
+        generators = [(str(path), model, load_vae(path.parent, device, about.vae), about)]
+    for name, model, vae, about in generators:
+        given = {k: getattr(cfg, k) for k in ("num_steps", "guidance_scale", "stochastic", "frames", "size")}
+        vars(about).update((k, v) for k, v in given.items() if v is not None)
+        vae.latent_shape(about.frames, *about.size)  # raises where they do not fit
+        print0(f"sample: {name}, {sum(p.numel() for p in model.parameters()):,} parameters, {about.num_steps} "
+               f"{'stochastic' if about.stochastic else 'Euler'} steps, guidance {about.guidance_scale:g}, video "
+               f"{about.frames, *about.size}, {device.type}")
+        for block in model.blocks if cfg.compile else ():
+            block.compile()
+    with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
+        if cfg.bench or cfg.score:
+            figures = bench_tables(cfg, generators) if cfg.bench else score_table(cfg, model, vae, about)
+            return summary("SAMPLE", figures, began)
+        figures, then = write_samples(cfg, model, vae, about)
+    return summary("SAMPLE", figures, began, then)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import time
 import traceback
 import zlib
 from collections import Counter
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -926,6 +926,32 @@ def test_sample_scores_beside_baselines():
     for split in ("full", "open"):
         assert figures[f"{split}_semantic_noise"] == 0 and figures[f"{split}_total_noise"] < .1, figures
         assert figures[f"{split}_semantic_true"] > .7 and figures[f"{split}_total_true"] > .7, figures
+
+
+def test_bench_is_of_what_it_says(folder):
+    small = dict(frames=9, size=(128, 128), depth=2, width=48, num_heads=2, head_dim=24, ffn_dim=64, text_dim=12)
+    with patch.dict(dit.PRESETS, paper=small), patch.dict(dit.MOBILE, depth=1, num_heads=1, ffn_dim=32), \
+            patch.dict(vae.PRESETS, paper=asdict(TINY_VAE) | dict(latent_channels=128, patch=0)):
+        _, out, error = command(sample, "--preset", "paper", "--bench", "--no-compile", "--out", str(folder))
+        server, vae_model, about = dit.untrained("cpu")
+    table = {line[:16].strip(): dict(zip(*[iter(line[16:].replace(",", "").split())] * 2))
+             for line in out.splitlines() if " step_ms " in line[:90]}
+    row = {k: {name: float(v) for name, v in values.items()} for k, values in table.items()}
+    tokens = {"untrained server": 32, "untrained mobile": 32, "4x16x16": 192, "4x32x32": 48, "8x32x32": 32, "8x64x64": 8}
+    assert {k: values["tokens"] for k, values in row.items()} == tokens, out + error
+    for name, evaluations in (("untrained server", 2 * 40), ("untrained mobile", 4)):
+        ms = evaluations * row[name]["step_ms"] + row[name]["decode_ms"]
+        assert abs(row[name]["fps"] / (9e3 / ms) - 1) < .01 and row[name]["evaluations"] == evaluations
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        server(*dit.step_inputs(about, (2, 4, 4), 1))
+    assert abs(counter.get_total_flops() / 1e9 / row["untrained server"]["gflops"] - 1) < .1     # attention or not
+    assert vae_model.latent_shape(about.frames, *about.size) == (128, 2, 4, 4)
+    figures, checkpoint = [], ("--checkpoint", f"{trained()}/dit.pt", "--out", str(folder), "--format", "npy")
+    for flags in (), ("--bf16",), ("--compile", "--bf16"):
+        with patch.object(torch, "compile", partial(torch.compile, backend="eager")):
+            _, out, error = command(sample, *checkpoint, *flags)
+        figures.append(np.load(folder / "sample.npy").astype(int))
+    assert 0 < np.abs(figures[1] - figures[0]).mean() < 3 and np.abs(figures[2] - figures[1]).mean() < 1, out + error
 
 
 # ------------------------------------------------------------------------------------------------ prune.py

@@ -75,7 +75,7 @@ class Training(Stage):
     save_every: int = flag(200, "steps between checkpoints")
     log_every: int = flag(50, "steps between printed lines")
     resume: bool = flag(False, "continue from the last checkpoint of an interrupted run, if there is one")
-    dry_run: bool = flag(False, "print parameters, FLOPs, memory and hours, and stop")
+    dry_run: bool = flag(False, "print parameters, FLOPs, memory and hours, counted and, on a GPU, measured; and stop")
     gpus: int = flag(1, "GPUs that --dry_run counts with")
     gpu_tflops: float = flag(312., "and what each computes in a second at best: an A100's bfloat16")
     utilisation: float = flag(.4, "and the share of it that training reaches")
@@ -235,7 +235,7 @@ def prepare(blocks, cfg):
     """Have the forward pass of blocks compiled, and computed again for the backward pass, where cfg says so."""
     for block in blocks if cfg.compile or cfg.checkpointing else []:
         forward = type(block).forward
-        if cfg.compile and not cfg.dry_run:
+        if cfg.compile:
             torch._dynamo.config.recompile_limit = 64                                # once for each size of a block
             forward = torch.compile(forward, dynamic=False)
         block.forward = partial(forward, block)  # which deepcopy understands
@@ -298,14 +298,34 @@ class Meter(TorchDispatchMode):
         self.most = max(self.most, self.now)
 
 
+def measure_training(cfg, describe):
+    """Seconds that all steps take on this GPU, by the best of three of each phase, and the GB that it holds at most.
+
+    describe() as dry_run's, for the clips of a micro-batch. That GPUs talk to each other is not counted.
+    """
+    seconds = 0
+    with torch.device("cuda"):
+        trained, others, phases, _ = describe()
+    optimizers = [torch.optim.AdamW([p for module in trained for p in module.parameters()], 1e-6, fused=True)]
+    for steps, loss, batch in phases:
+        times = []
+        for step in range(4):
+            began = time.perf_counter()
+            update(loss, batch, optimizers, step, replace(cfg, accumulate=1), cfg.out)
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        seconds += steps * cfg.accumulate * min(times[1:])               # the first one compiles
+    return seconds, torch.cuda.max_memory_allocated() / 1e9
+
+
 def dry_run(stage, cfg, describe):
-    """Count what training on cfg.gpus takes, with tensors that have sizes and no values.
+    """Count what training on cfg.gpus takes, with tensors that have sizes and no values; measure it, on a GPU.
 
     describe(n), for n clips at a time, returns modules that are trained, other ones that are kept in memory, phases
     (steps, loss and batch as for update) and what makes a sample or a step of it.
     """
     work, parts, training, inference = 0, cfg.gpus * cfg.accumulate, Meter(), Meter()
-    with FakeTensorMode():
+    with FakeTensorMode(), torch.compiler.set_stance("force_eager"):
         trained, others, phases, infer = describe(cfg.batch_size // parts)
         weights, rest = ({p: p.numel() for m in modules for p in m.parameters()} for modules in (trained, others))
         for p in weights:
@@ -321,10 +341,14 @@ def dry_run(stage, cfg, describe):
             infer()
     count, held = sum(weights.values()), sum((weights | rest).values())
     sizes = dict(weights_gb=4 * held, gradients_gb=4 * count, adamw_gb=8 * count, activations_gb=training.most)
+    hours = lambda utilisation: work / (cfg.gpus * cfg.gpu_tflops * 1e12 * utilisation) / 3600
     figures = dict(parameters=sum(p.numel() for p in trained[0].parameters()),
                    tflops_a_step=work / max(1, cfg.steps) / 1e12, tflops_to_infer=inference.flops / 1e12,
                    **{k: n / 1e9 for k, n in sizes.items()}, gb_a_gpu=sum(sizes.values()) / 1e9, gpus=cfg.gpus,
-                   hours=work / (cfg.gpus * cfg.gpu_tflops * 1e12 * cfg.utilisation) / 3600)
+                   hours=hours(cfg.utilisation))
+    if torch.cuda.is_available():
+        seconds, gb = measure_training(cfg, partial(describe, cfg.batch_size // parts))
+        figures |= dict(measured_gb=gb, measured_hours=seconds / 3600, measured_utilisation=hours(1) * 3600 / seconds)
     return summary(stage, figures)
 
 
@@ -1074,7 +1098,7 @@ def describe(cfg, n):
     """What dry_run counts, for n clips at a time."""
     vae = VAE(cfg)
     prepare([*vae.encoder, *vae.decoder], cfg)
-    video, noise = torch.empty(n, 3, *crop_size(cfg)), torch.empty(n, *vae.latent_shape(*crop_size(cfg)))
+    video, noise = torch.rand(n, 3, *crop_size(cfg)), torch.rand(n, *vae.latent_shape(*crop_size(cfg)))
     return [vae], [], [(cfg.steps, partial(vae, cfg=cfg), (video, noise))], lambda: vae.decode(noise[:1])
 
 
