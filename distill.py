@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from einops import rearrange
 
 import dit
-from dit import (Attention, Block, DiT, LaterStage, add_noise, average, draw_batch, encode_clips, euler_times, generate,
-                 load_dit, load_vae, recipe, rms_norm, sample, save_dit, score_samples, step_inputs, test_captions,
+from dit import (Attention, Block, DiT, LaterStage, add_noise, average, draw_batch, encode_clips, euler_times, load_dit,
+                 load_vae, make_videos, recipe, rms_norm, sample, save_dit, score_samples, step_inputs, test_captions,
                  text_encoder)
 from vae import (PAPER, VAE, WORLD, Abort, Training, VAEConfig, draw_noise, dry_run, flag, launch, make_optimizers,
                  prepare, print0, progress, resume, setup, share, summary, update, write_png)
@@ -31,7 +31,6 @@ from vae import (PAPER, VAE, WORLD, Abort, Training, VAEConfig, draw_noise, dry_
 class Config(LaterStage, Training):
     init: str = flag("", "generator to distil; not given: out/pruned.pt, or out/dit.pt if there is none")
     steps: int = flag(150)
-    batch_size: int = flag(24)
     lr: float = flag(1e-4, "the generator's learning rate, AdamW")
     head_lr: float = flag(2e-3, "the discriminator's heads'")
     muon_lr: float = flag(0.)
@@ -307,8 +306,7 @@ def main(cfg):
     vae = load_vae(about.out, device, about.vae)
     print0(f"distill: {init}, {sum(p.numel() for p in teacher.parameters()):,} parameters, {about.num_steps} steps of "
            f"guidance {about.guidance_scale:g} -> {cfg.num_steps} without; {WORLD} x {device.type}")
-    encode_text = text_encoder(about)
-    cache = encode_clips(about, vae, encode_text, device)
+    cache = encode_clips(about, vae, text_encoder(about), device)
     if cfg.ablation and about.data != "synthetic":
         raise Abort("--ablation reads the synthetic clips' attributes; this generator was trained on a folder")
     if cfg.ablation:
@@ -322,8 +320,7 @@ def main(cfg):
             scores = evaluate([], name[1:] or "distilled", [model], vae, about, cfg.score_clips, *recipe(its))
             figures |= {k + name: v for k, v in scores.items()}
     captions = [caption for split in ("full", "open") for caption in test_captions(about, split, 3)[0]]
-    inputs = encode_text(captions), vae.latent_shape(about.frames, *about.size)
-    film = [generate(m, vae, *inputs, *recipe(its)) for m, its in ((teacher, about), (ema, student))]
+    film = [make_videos(m, vae, its, captions) for m, its in ((teacher, about), (ema, student))]
     write_png(path.with_suffix(".png"), rearrange(film, "r b c f h w -> c f (r h) (b w)"), about.fps)
     print0(f"{path.with_suffix('.png')} shows, the teacher's samples above:", *captions, sep="\n  ")
     return summary("DISTILL", figures, began, "python export_ios.py, or python sample.py")

@@ -26,7 +26,7 @@ from einops import rearrange
 import vae as vae_stage
 from vae import (PAPER, RANK, VAE, WORLD, Abort, DataConfig, Stage, Training, VAEConfig, barrier, caption, draw,
                  draw_noise, dry_run, flag, launch, load, make_optimizers, once, open_clips, prepare, print0, progress,
-                 read_ltx, reconstruct_clips, resume, rng_state, save, score, setup, share, summary, update, words,
+                 read_ltx, reconstruct_clips, resume, save, score, script_of, setup, share, summary, update, words,
                  write_png)
 
 # ------------------------------------------------------------------------------------------------ the model
@@ -140,7 +140,7 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    inner = {"blocks"}
+    inner = "blocks"  # which Muon trains
 
     def __init__(self, cfg, fps=24., compression=(8, 32)):
         super().__init__()
@@ -238,6 +238,7 @@ class WordEncoder:
         return vector * (self.dim ** .5 / vector.norm())
 
 
+@lru_cache  # each is read once
 class TextEncoder:
     """Captions -> text_emb (B, L, E) and text_mask (B, L), by an encoder of transformers with last_hidden_state.
 
@@ -268,14 +269,10 @@ class TextEncoder:
         return (emb.float().cpu() - self.null) * mask[..., None], mask
 
 
-@lru_cache
-def make_text_encoder(name, dim, length):
-    return TextEncoder(name, dim, length) if name else WordEncoder(dim, length)
-
-
 def text_encoder(about):
-    """The text encoder of a generator, read once; about: a GeneratorConfig, or what load_dit says."""
-    return make_text_encoder(about.text_encoder, about.text_dim, about.text_length)
+    """The text encoder of a generator; about: a GeneratorConfig, or what load_dit says."""
+    sizes = about.text_dim, about.text_length
+    return TextEncoder(about.text_encoder, *sizes) if about.text_encoder else WordEncoder(*sizes)
 
 
 # ------------------------------------------------------------------------------------------------ rectified flow
@@ -404,18 +401,13 @@ def draw_batch(cache, batch_size, key, device):
     return [torch.from_numpy(array[share(rows)]).float().to(device) for array in cache[kind]]
 
 
-def drop_captions(text_emb, text_mask, told):
-    """Empty the captions where told (B,) is False, so that the model learns what guidance goes beyond."""
-    told = told.float()[:, None]
-    return text_emb * told[..., None], text_mask * told
-
-
-def training_batch(cfg, about, cache, device, key, dropout=.1):
-    """This process's share of a step's x0, noise, t, text_emb and text_mask, a share `dropout` of them not told."""
-    count, (x0, *text) = cfg.batch_size, draw_batch(cache, cfg.batch_size, key, device)
-    told = torch.rand(count, 1, device=device)[:, 0] >= dropout
+def training_batch(cfg, about, cache, device, key):
+    """This process's share of a step's x0, noise, t, text_emb and text_mask; for guidance, a tenth have no caption."""
+    count, (x0, text_emb, text_mask) = cfg.batch_size, draw_batch(cache, cfg.batch_size, key, device)
+    told = share(torch.rand(count, 1, device=device) >= .1).float()                              # (B, 1)
     t = logit_normal(count, about.timestep_mean, about.timestep_std, device)
-    return x0, draw_noise(count, x0.shape[1:], device), share(t), *drop_captions(*text, share(told))
+    noise = draw_noise(count, x0.shape[1:], device)
+    return x0, noise, share(t), text_emb * told[..., None], text_mask * told
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -437,19 +429,19 @@ class GeneratorConfig(DiTConfig, DataConfig):
 class Config(GeneratorConfig, Training):
     init: str = flag("", "LTX-Video's transformer to start from, as vae.py's --init; with --steps 0 to take as it is")
     steps: int = flag(3500)
-    batch_size: int = flag(24)
     lr: float = flag(3e-3)
-    caption_dropout: float = flag(.1, "share of clips that train without caption, for guidance")
     ema: float = flag(.98, "rate of the weights' moving average, which is what later stages use")
     score_clips: int = flag(48, "unseen captions whose samples are scored at the end; 0 for none")
     save_every: int = flag(500, "steps between checkpoints, and between contact sheets out/dit.png")
     log_every: int = flag(100)
 
 
-PRESETS = {"toy": {}, "paper": PAPER | dict(  # Sec. 5: the server model, 2.0B. Ours: batch, guidance
+# Sec. 5: the server model, 2.0B. Ours: batch, guidance, shift, the text encoder, and this stage's part of 200K steps
+PRESETS = {"toy": {}, "paper": PAPER | dict(
     frames=121, size=(576, 1024), fps=24., depth=28, width=2048, num_heads=32, ffn_dim=8192, text_dim=1024,
-    absolute=False, clean=False, num_clips=10 ** 9, text_length=128, steps=200_000, batch_size=1024, lr=5e-5,
-    timestep_mean=0., timestep_std=1., ema=.9999, shift=8., guidance_scale=3., stochastic=False)}
+    text_encoder="google/t5-v1_1-large", text_length=128, absolute=False, clean=False, num_clips=10 ** 9,
+    steps=148_000, batch_size=1024, lr=5e-5, timestep_mean=0., timestep_std=1., ema=.9999, shift=8.,
+    guidance_scale=3., stochastic=False)}
 MOBILE = dict(depth=20, num_heads=20, ffn_dim=6144, num_steps=4, guidance_scale=1., shift=1.)  # pruned and distilled
 
 
@@ -459,7 +451,7 @@ def save_dit(path, step, cfg, about, model, ema, optimizers, **others):
     others: modules that train beside the generator, by name, so that resume finds them.
     """
     save(path, stage=Path(path).stem, step=step, config=asdict(cfg), model=model.state_dict(), ema=ema.state_dict(),
-         generator={k: v for k, v in vars(about).items() if k != "out"}, rng=rng_state(),
+         generator={k: v for k, v in vars(about).items() if k != "out"},
          optimizer=[optimizer.state_dict() for optimizer in optimizers],
          **{name: module.state_dict() for name, module in others.items()})
 
@@ -471,7 +463,7 @@ def build(about):
 
 def untrained(device, **changes):
     """The paper's server model but for the changes, its VAE, and what it is; to measure, or to export."""
-    about = Config(**PRESETS["paper"] | changes)
+    about = Config(**PRESETS["paper"] | dict(text_encoder="") | changes)
     with torch.device(device):
         vae = VAE(vae_stage.Config(**vae_stage.PRESETS["paper"]))
         about.compression = vae.compression
@@ -495,7 +487,7 @@ def load_dit(path, stage=None, device="cpu", data=""):
         model.load_state_dict(checkpoint["ema"])
     except RuntimeError:
         raise Abort(f"{path}: the weights do not have the sizes that it says, such as text_dim {about.text_dim}: "
-                    f"run python {checkpoint['stage']}.py again") from None
+                    f"run python {script_of(checkpoint['stage'])} again") from None
     return model.eval().requires_grad_(False).to(device), about
 
 
@@ -514,7 +506,7 @@ def generate(model, vae, text, shape, times, guidance_scale=1., stochastic=False
         generators = [torch.Generator().manual_seed(seed + i + j) for j in range(len(emb))]
         draw = lambda: torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
         latents = sample(model, draw(), emb, mask, times, guidance_scale, draw if stochastic else None)
-        video += [vae.decode(z[None])[0].clamp(-1, 1).cpu() for z in latents]
+        video += [vae.decode(z[None])[0].float().clamp(-1, 1).cpu() for z in latents]
     return torch.stack(video)
 
 
@@ -532,23 +524,26 @@ def test_captions(cfg, split, count):
     return [caption(a) for a in said.tolist()], said
 
 
-def score_samples(model, vae, about, split, count, *recipe):
+def make_videos(model, vae, about, captions, *how, seed=0):
+    """Videos (B, 3, F, H, W) in [-1, 1] for captions, of about's size; how: what recipe(about) gives, or another."""
+    text, shape = text_encoder(about)(captions), vae.latent_shape(about.frames, *about.size)
+    return generate(model, vae, text, shape, *(how or recipe(about)), seed=seed)
+
+
+def score_samples(model, vae, about, split, count, *how):
     """vae.score of samples for `count` captions of a test set of the synthetic clips."""
     captions, said = test_captions(about, split, count)
-    text = text_encoder(about)(captions)
-    shape = vae.latent_shape(about.frames, *about.size)
-    return score(generate(model, vae, text, shape, *recipe), said)
+    return score(make_videos(model, vae, about, captions, *how), said)
 
 
 @once
 def contact_sheet(path, model, vae, about):
     """Write a film of samples for the first eight of the full test set's captions."""
-    captions, _ = test_captions(about, "full", 8)
-    text = text_encoder(about)(captions)
-    video = generate(model, vae, text, vae.latent_shape(about.frames, *about.size), *recipe(about))
+    video = make_videos(model, vae, about, test_captions(about, "full", 8)[0])
     write_png(path, rearrange(video, "(r k) c f h w -> c f (r h) (k w)", r=2), about.fps)
 
 
+@torch.no_grad()
 def average(ema, model, rate, step):
     """Move the averaged weights towards the model's, faster while they are young."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(rate, (1 + step) / (10 + step)))
@@ -581,6 +576,9 @@ def main(cfg):
         model = load_ltx(cfg.init, cfg, vae.compression) if cfg.init else DiT(cfg, cfg.fps, vae.compression)
     cfg = model.cfg
     shape = vae.latent_shape(cfg.frames, *cfg.size)
+    if shape[0] != cfg.in_channels or cfg.width % cfg.head_dim or cfg.num_heads * cfg.head_dim > cfg.width:
+        raise Abort(f"--in_channels {cfg.in_channels} must be {shape[0]}, as of the latents, and --width {cfg.width} a "
+                    f"multiple of --head_dim {cfg.head_dim} and at least --num_heads {cfg.num_heads} times that")
     print0(f"dit: depth {cfg.depth}, width {cfg.width}, {cfg.num_heads} heads of {cfg.head_dim}, FFN {cfg.ffn_dim}: "
            f"{sum(p.numel() for p in model.parameters()):,} parameters; latents {shape}; {WORLD} x {device.type}")
     about = SimpleNamespace(**{f.name: getattr(cfg, f.name) for f in fields(GeneratorConfig)}, vae=fingerprint(vae),
@@ -600,10 +598,10 @@ def main(cfg):
     start, losses = resume(path, cfg, {"model": model, "ema": ema}, optimizers) if cfg.resume else 0, []
     prepare(model.blocks, cfg)
     for step in progress(start, cfg.steps):
-        batch = training_batch(cfg, cfg, cache, device, (cfg.seed, step), cfg.caption_dropout)
+        batch = training_batch(cfg, cfg, cache, device, (cfg.seed, step))
         loss, = update(partial(flow_matching_loss, model), batch, optimizers, step, cfg, path)
         average(ema, model, cfg.ema, step)
-        losses = losses[1 - cfg.log_every:] + [loss.item()]
+        losses = [*losses, loss.item()][-cfg.log_every:]
         if (step + 1) % cfg.log_every == 0:
             print0(f"step {step + 1}/{cfg.steps}  loss {np.mean(losses):.4f}  {(time.time() - began) / 60:.1f} min")
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
@@ -614,7 +612,7 @@ def main(cfg):
     if cfg.score_clips and cfg.data == "synthetic":
         _, said = test_captions(cfg, "full", cfg.score_clips)
         _, again = reconstruct_clips(vae, open_clips(cfg, "full"), range(cfg.score_clips))
-        figures |= dict(semantic=score_samples(ema, vae, about, "full", cfg.score_clips, *recipe(about))["semantic"],
+        figures |= dict(semantic=score_samples(ema, vae, about, "full", cfg.score_clips)["semantic"],
                         semantic_reconstructed=score(again, said)["semantic"])
     print0(f"{path.with_suffix('.png')} shows:", *test_captions(cfg, "full", 8)[0], sep="\n  ")
     return summary("DIT", figures, began, "python sample.py --score 192, then python prune.py")

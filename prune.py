@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 import dit
 from dit import (LaterStage, add_noise, average, build, contact_sheet, encode_clips, flow_matching_loss, load_dit,
-                 load_vae, recipe, save_dit, score_samples, step_inputs, test_captions, text_encoder, training_batch)
+                 load_vae, save_dit, score_samples, step_inputs, test_captions, text_encoder, training_batch)
 from vae import (PAPER, Abort, Meter, Training, dry_run, flag, launch, load, make_optimizers, prepare, print0,
                  progress, resume, setup, share, summary, update)
 
@@ -240,7 +240,7 @@ def measure(cfg, model, vae, about, draw):
         losses = [flow_matching_loss(model, *draw((i, 2))).item() for i in range(8)]
     figures = dict(parameters=count_parameters(about), loss=np.mean(losses).item())
     if cfg.score_clips and about.data == "synthetic":
-        scores = score_samples(model, vae, about, "full", cfg.score_clips, *recipe(about))
+        scores = score_samples(model, vae, about, "full", cfg.score_clips)
         figures |= {k: scores[k] for k in ("semantic", "quality", "total")}
     return figures
 
@@ -324,7 +324,6 @@ class Config(LaterStage, Training):
     search_steps: int = flag(60, "steps of the search for the units to keep")
     search_lr: float = flag(.1, "learning rate of the candidates' logits")
     steps: int = flag(3000, "fine-tuning steps")
-    batch_size: int = flag(24)
     lr: float = flag(2e-3)
     alpha: float = flag(.01, "weight of KD (Sec. 4.2.2); 0: without")
     ema: float = flag(.98, "rate of the weights' moving average, which is what later stages use")
@@ -335,7 +334,7 @@ class Config(LaterStage, Training):
     seeds: int = flag(1, "runs of each way in --ablation")
 
 
-PRESETS = {"toy": {}, "paper": PAPER | dict(  # Sec. 4.2.1. Ours: batch, and steps, whose sum is known (200K)
+PRESETS = {"toy": {}, "paper": PAPER | dict(  # Sec. 4.2.1. Ours: batch, and steps, of which the paper has dit.py's too
     budget=1e9, groups=(7, 8, 4), search_steps=2000, search_lr=.01, steps=50_000, batch_size=1024, lr=5e-5,
     ema=.9999)}
 

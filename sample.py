@@ -13,6 +13,7 @@ import json
 import math
 import os
 import resource
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +22,8 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from dit import (MOBILE, LaterStage, build, find_generator, generate, load_dit, load_vae, recipe, step_inputs,
-                 test_captions, text_encoder, untrained)
+from dit import (MOBILE, LaterStage, build, find_generator, load_dit, load_vae, make_videos, recipe, step_inputs,
+                 test_captions, untrained)
 from vae import (RANK, RATIOS, VAE, WORLD, Abort, Meter, barrier, flag, launch, open_clips, print0, progress,
                  reconstruct_clips, score, setup, summary, write_png)
 
@@ -69,27 +70,20 @@ def write_video(path, video, fps):
             container.mux(stream.encode())
 
 
-def make_videos(model, vae, about, captions, seed):
-    """Videos (B, 3, F, H, W) in [-1, 1] for captions, by the recipe and of the size that about says."""
-    shape = vae.latent_shape(about.frames, *about.size)
-    return generate(model, vae, text_encoder(about)(captions), shape, *recipe(about), seed=seed)
-
-
 def score_table(cfg, model, vae, about):
     """Score the generator on both test sets, beside true clips, their reconstructions and noise."""
     if about.data != "synthetic":
         raise Abort("--score reads the synthetic clips' attributes; this checkpoint was trained on a folder")
-    figures, first = {}, True
+    figures = {}
     for split in "full", "open":
         captions, said = test_captions(about, split, cfg.score)
         true, again = reconstruct_clips(vae, open_clips(about, split), range(cfg.score))
-        generated = make_videos(model, vae, about, captions, cfg.seed)
+        generated = make_videos(model, vae, about, captions, seed=cfg.seed)
         rows = dict(generated=generated, reconstructed=again, true=true, noise=torch.rand_like(true[:16]) * 2 - 1)
         for name, video in rows.items():
             row = score(video, said[:len(video)])
-            if first:
+            if not figures:
                 print0(f"{'set':5} {'clips':14}", *(f"{k[:10]:>10}" for k in row))
-                first = False
             print0(f"{split:5} {name:14}", *(f"{v:10.3f}" for v in row.values()))
             figures |= {f"{split}_{k}_{name}": row[k] for k in ("semantic", "quality", "total")}
     return figures
@@ -127,7 +121,7 @@ def write_vbench(cfg, model, vae, about, prompts):
         raise Abort(f"{folder} was begun with another checkpoint, list, seed or recipe: remove it and {note}")
     todo = [name for name in names if not (folder / name).exists()][RANK::WORLD]
     for name, _ in zip(todo, progress(0, len(todo))):
-        video, = make_videos(model, vae, about, [name[:name.rindex("-")]], made["seeds"][name])
+        video, = make_videos(model, vae, about, [name[:name.rindex("-")]], seed=made["seeds"][name])
         write_video(part := folder.with_name(f"vbench_part{RANK}.mp4"), video, about.fps)
         os.replace(part, folder / name)
     return dict(videos=len(names), written=len(todo))
@@ -151,7 +145,7 @@ def peak_gb():
     """Most memory ever in use: of the GPU since it was last reset, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 @torch.no_grad()
@@ -169,19 +163,18 @@ def bench(name, model, vae, about, matmul_tflops):
                gflops=meter.flops / 1e9, step_ms=step, utilisation=meter.flops / step / 1e9 / matmul_tflops,
                decode_ms=decode, peak_gb=peak_gb(), evaluations=evaluations,
                fps=1e3 * about.frames / (evaluations * step + decode))
-    print0(f"{name:16}", *(f"{k} {v:<9,}" if isinstance(v, int) else f"{k} {v:<9.4g}" for k, v in row.items()))
+    print0(f"{name!s:16}", *(f"{k} {v:<9,}" if isinstance(v, int) else f"{k} {v:<9.4g}" for k, v in row.items()))
     return row
 
 
-def bench_tables(cfg, generators):
-    """Print Table 1's figures of (name, model, VAE, what it is)s; then Table 3's, of the first with untrained VAEs."""
-    _, model, vae, about = generators[0]
-    device = model.table.device
-    kind, n = torch.bfloat16 if cfg.bf16 else torch.float32, 8192 if device.type == "cuda" else 2048
-    x = torch.randn(n, n, device=device, dtype=kind)
+def bench_tables(cfg, generators, device):
+    """Print Table 1's figures of each generator, and Table 3's, of the last one with untrained VAEs."""
+    n = 8192 if device.type == "cuda" else 2048
+    x = torch.randn(n, n, device=device, dtype=torch.bfloat16 if cfg.bf16 else torch.float32)
     rate = 2 * n ** 3 / median_ms(lambda: x @ x, 10) / 1e9
     print0(f"{n} x {n} matrices are multiplied at {rate:.4g} TFLOP/s")
-    figures = [bench(*generator, rate) for generator in generators][0]
+    for name, model, vae, about in generators:
+        figures = bench(name, model, vae, about, rate)
     for ratio in sorted(RATIOS, key=lambda r: -math.prod(RATIOS[r])):  # so that each has a higher peak of memory
         with device:
             variant = VAE(replace(vae.cfg, ratio=ratio)).eval().requires_grad_(False)
@@ -207,7 +200,7 @@ def write_samples(cfg, model, vae, about):
         raise Abort(f"the checkpoint never saw: {' '.join(unknown)}. It knows: {' '.join(about.words)}")
     if cfg.vbench:
         return write_vbench(cfg, model, vae, about, prompts), f"vbench evaluate --videos_path {cfg.out}/vbench ..."
-    videos = make_videos(model, vae, about, prompts, cfg.seed)
+    videos = make_videos(model, vae, about, prompts, seed=cfg.seed)
     if not cfg.prompts:
         columns = min(4, len(videos))
         paths, videos = [f"sample.{cfg.format}"], [rearrange(videos, "(r k) c f h w -> c f (r h) (k w)", k=columns)]
@@ -220,18 +213,15 @@ def write_samples(cfg, model, vae, about):
     return figures, f"look at {Path(cfg.out) / paths[0]}"
 
 
-def main(cfg):
-    """Sample, score or measure; returns the figures of the summary line."""
-    began, device, path = time.time(), setup(cfg), find_generator(cfg.out, cfg.checkpoint)
-    if cfg.format not in ("png", "npy", "mp4"):
-        raise Abort(f"--format {cfg.format}: choose from png, npy, mp4")
+def open_generators(cfg, path, device):
+    """Name, model, VAE, and what it is and makes, as cfg has it, of what is measured or sampled from: one at a time."""
     if cfg.bench and cfg.preset == "paper" and not path.exists():
-        generators = [(f"untrained {name}", *untrained(device, **changes))
-                      for name, changes in dict(server={}, mobile=MOBILE).items()]
+        found = ((f"untrained {name}", *untrained(device, **changes))
+                 for name, changes in dict(mobile=MOBILE, server={}).items())
     else:
         model, about = load_dit(path, device=device, data=cfg.data)
-        generators = [(str(path), model, load_vae(path.parent, device, about.vae), about)]
-    for name, model, vae, about in generators:
+        found = [(path, model, load_vae(path.parent, device, about.vae), about)]
+    for name, model, vae, about in found:
         given = {k: getattr(cfg, k) for k in ("num_steps", "guidance_scale", "stochastic", "frames", "size")}
         vars(about).update((k, v) for k, v in given.items() if v is not None)
         vae.latent_shape(about.frames, *about.size)  # raises where they do not fit
@@ -240,11 +230,22 @@ def main(cfg):
                f"{about.frames, *about.size}, {device.type}")
         for block in model.blocks if cfg.compile else ():
             block.compile()
+        yield name, model, vae, about
+
+
+def main(cfg):
+    """Sample, score or measure; returns the figures of the summary line."""
+    began, device = time.time(), setup(cfg)
+    if cfg.format not in ("png", "npy", "mp4"):
+        raise Abort(f"--format {cfg.format}: choose from png, npy, mp4")
+    generators = open_generators(cfg, find_generator(cfg.out, cfg.checkpoint), device)
     with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
-        if cfg.bench or cfg.score:
-            figures = bench_tables(cfg, generators) if cfg.bench else score_table(cfg, model, vae, about)
-            return summary("SAMPLE", figures, began)
-        figures, then = write_samples(cfg, model, vae, about)
+        if cfg.bench:
+            return summary("SAMPLE", bench_tables(cfg, generators, device), began)
+        (_, *generator), = generators
+        if cfg.score:
+            return summary("SAMPLE", score_table(cfg, *generator), began)
+        figures, then = write_samples(cfg, *generator)
     return summary("SAMPLE", figures, began, then)
 
 

@@ -17,6 +17,7 @@ import sys
 import time
 import weakref
 import zlib
+from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
@@ -43,7 +44,7 @@ class Abort(Exception):
     """What the user can mend: the message is one line that says what is wrong and what to do."""
 
     def __init__(self, message):
-        super().__init__(message.strip().rpartition("Abort: ")[2])  # without a loading process' traceback around it
+        super().__init__(message.strip().rpartition("Abort: ")[2].splitlines()[0])  # no loading process' traceback
 
 
 def flag(default, help=None):
@@ -64,7 +65,7 @@ class Stage:
 class Training(Stage):
     """Flags of every stage that trains. A step's result depends on no number of processes or micro-batches."""
     steps: int = flag(0, "training steps")
-    batch_size: int = flag(1, "clips per step, shared among all processes")
+    batch_size: int = flag(24, "clips per step, shared among all processes")
     lr: float = flag(0., "AdamW's learning rate")
     muon_lr: float = flag(.02, "Muon's, for the blocks' matrices and kernels; 0: AdamW trains them too")
     accumulate: int = flag(1, "micro-batches that a process makes of its share of a batch, to need less memory")
@@ -155,8 +156,7 @@ def together():
     try:
         yield
     except RuntimeError as error:
-        raise Abort(f"another process of this job has ended: start it again with --resume ({error})".splitlines()[0]
-                    ) from None
+        raise Abort(f"another process of this job has ended: start it again with --resume ({error})") from None
 
 
 def barrier():
@@ -201,32 +201,36 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         group, = self.param_groups
+        alike = defaultdict(list)
         for p in group["params"]:
             if p.grad is not None:
                 average = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 average.lerp_(p.grad, 1 - group["momentum"])
-                update = self.orthogonal(p.grad.lerp(average, group["momentum"]).flatten(1)).reshape(p.shape)
-                p.add_(update, alpha=-group["lr"] * max(1, len(p) / p[0].numel()) ** .5)
+                alike[p.shape].append((p, p.grad.lerp(average, group["momentum"])))
+        for shape, pairs in alike.items():  # in one go, as most are small
+            params, updates = zip(*pairs)
+            updates = self.orthogonal(torch.stack(updates).flatten(2)).unflatten(2, shape[1:])
+            torch._foreach_add_(params, updates.unbind(), alpha=-group["lr"] * max(1, shape[0] / shape[1:].numel()) ** .5)
 
     def orthogonal(self, x):
-        """About U V^T of the singular value decomposition U S V^T of x (m, n)."""
-        if x.shape[0] > x.shape[1]:
-            return self.orthogonal(x.T).T
-        x = x / (1.01 * x.norm() + 1e-7)
-        gram = x @ x.T
+        """About U V^T of the singular value decomposition U S V^T of each of x (B, m, n)."""
+        if x.shape[1] > x.shape[2]:
+            return self.orthogonal(x.mT).mT
+        x = x / (1.01 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        gram = x @ x.mT
         for i, (a, b, c) in enumerate(self.COEFFICIENTS):
-            factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-            factor.diagonal().add_(a)
+            factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            factor.diagonal(dim1=1, dim2=2).add_(a)
             gram = factor @ gram @ factor if i < len(self.COEFFICIENTS) - 1 else None
             product = factor @ product if i else factor
         return product @ x
 
 
 def make_optimizers(model, lr, muon_lr):
-    """AdamW for everything; with muon_lr, Muon for the matrices and kernels of the parts named in model.inner."""
+    """AdamW for everything; with muon_lr, Muon for the matrices and kernels whose names start with model.inner."""
     inner, others = [], []
     for name, p in model.named_parameters():
-        (inner if muon_lr and p.ndim > 1 and name.split(".")[0] in model.inner else others).append(p)
+        (inner if muon_lr and p.ndim > 1 and name.startswith(model.inner) else others).append(p)
     adamw = torch.optim.AdamW(others, lr, weight_decay=0, fused=True)
     return [adamw, Muon(inner, muon_lr)] if inner else [adamw]
 
@@ -260,8 +264,8 @@ def update(loss, batch, optimizers, step, cfg, path):
         with together():
             dist.all_reduce(whole := x.contiguous())
         x.copy_(whole)
-    lengths = {"its gradient's length": nn.utils.clip_grad_norm_(params, cfg.clip)} if cfg.clip else {}
-    for name, value in {"loss": means[0], **lengths}.items():
+    length = nn.utils.clip_grad_norm_(params, cfg.clip or math.inf)
+    for name, value in ("loss", means[0]), ("its gradient's length", length):
         if not value.isfinite():
             raise Abort(f"{name} is {value.item()} at step {step + 1}, which is not taken; {path} is as last saved: "
                         "start again with a lower --lr (and --muon_lr)")
@@ -311,7 +315,7 @@ def measure_training(cfg, describe):
         times = []
         for step in range(4):
             began = time.perf_counter()
-            update(loss, batch, optimizers, step, replace(cfg, accumulate=1), cfg.out)
+            update(loss, batch, optimizers, step, replace(cfg, accumulate=1, steps=4), cfg.out)
             torch.cuda.synchronize()
             times.append(time.perf_counter() - began)
         seconds += steps * cfg.accumulate * min(times[1:])               # the first one compiles
@@ -362,21 +366,18 @@ def summary(stage, figures, began=None, then=None):
     return figures
 
 
-def rng_state():
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
-
-
 @once
 def save(path, **checkpoint):
     """Write a checkpoint of tensors and plain values so that `path` always holds a whole one, the old or the new."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
+    rng = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
     try:
-        torch.save(checkpoint, part)
+        torch.save(checkpoint | {"rng": rng}, part)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise Abort(f"cannot write {path}: {error}".splitlines()[0]) from None
+        raise Abort(f"cannot write {path}: {error}") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -403,7 +404,9 @@ def load(path, stage=None, finished=True):
     return checkpoint
 
 
-FREE = "resume", "out", "workers", "accumulate", "checkpointing", "compile", "log_every", "save_every"  # no result's
+# Flags that change no weights, so that a resumed run may have others.
+FREE = ("resume", "out", "workers", "accumulate", "checkpointing", "compile", "log_every", "save_every", "score_clips",
+        "gpus", "gpu_tflops", "utilisation")
 
 
 def resume(path, cfg, modules, optimizers):
@@ -544,11 +547,11 @@ def read_motion(path, seen):
 
 def look(clip):
     """One clip (3, F, H, W): its attributes, and its flicker, smoothness, constancy and sharpness (1 is best)."""
-    size, coarse = clip.shape[-1], clip[..., ::2, ::2]               # a quarter of the pixels tells the colours
-    p = (torch.arange(size) + .5) / size
-    border = torch.maximum((p - .5).abs(), (p[:, None] - .5).abs()) > .48  # an object covers less than a quarter of it
+    coarse = clip[..., ::2, ::2]                                     # a quarter of the pixels tells the colours
+    p, q = ((torch.arange(n) + .5) / n for n in clip.shape[2:])
+    border = torch.maximum((q - .5).abs(), (p[:, None] - .5).abs()) > .48  # an object covers less than a quarter of it
     grounds = torch.lerp(*GROUNDS, p[:, None])                                                  # (5, 3, 1, H, 1)
-    off = clip[:, ::2, border] - grounds.expand(-1, -1, -1, -1, size)[..., border]              # (5, 3, F/2, border)
+    off = clip[:, ::2, border] - grounds.expand(-1, -1, -1, -1, len(q))[..., border]            # (5, 3, F/2, border)
     errors = off.abs().mean(1).flatten(1)
     best = errors.mean(1).argmin().item()
     background = best if (errors[best] < .2).float().mean() > .7 else -1
@@ -566,8 +569,8 @@ def look(clip):
     matte = ((away * axis).sum(0) / (axis ** 2).sum(0).clamp(min=.1)).clamp(max=1)              # (F, H, W)
     matte = matte * (matte > .15)                                    # a little noise everywhere is no object
     area = matte.mean((1, 2))
-    path = torch.stack([matte.mean(1) @ p, matte.mean(2) @ p], 1) / size / area[:, None].clamp(min=1e-6)
-    x, y = p - path[:, 0, None, None], p[:, None] - path[:, 1, None, None]
+    path = torch.stack([matte.mean(1) @ q / len(q), matte.mean(2) @ p / len(p)], 1) / area[:, None].clamp(min=1e-6)
+    x, y = q - path[:, 0, None, None], p[:, None] - path[:, 1, None, None]
     radius = (area / AREAS[:, None]).sqrt()                                                     # (4, F)
     outlines = torch.stack([signed_distance(shape, x, y, r[:, None, None]) for shape, r in enumerate(radius)])
     misses = ((outlines < 0) ^ (matte > .5)).float().mean((2, 3))                               # (4, F)
@@ -587,7 +590,7 @@ def look(clip):
     flicker = (coarse.diff(dim=1).abs().mean(0) * far).sum() / far.sum().clamp(min=1)
     core = (matte[:, ::2, ::2] > .8).float()
     paints = (coarse * core).mean((2, 3)) / core.mean((1, 2)).clamp(min=1e-6)                   # (3, F)
-    true = (.5 - size * outlines[shape]).clamp(0, 1)
+    true = (.5 - len(p) * outlines[shape]).clamp(0, 1)
     blur = (matte - true * (true > .15)).abs().mean((1, 2)) / area.clamp(min=1e-6)              # (F,)
     change = vary(area) / mean(area) + vary(paints) + vary(blur)
     quality = 1 - torch.stack([flicker / .2, jerk / .03, 2 * change, 2 * mean(blur)])
@@ -686,7 +689,10 @@ class VideoFolder:
         n = self.STARTS * self.videos
         kinds = ("clips", range(n)), ("images", range(n, n + len(images)))
         self.kinds = {kind: indices for kind, indices in kinds if indices}
-        self.clip = lru_cache(2 ** 28 // (12 * cfg.frames * math.prod(cfg.size)))(self.clip)  # 256 MB of decoded clips
+        self.kept = lru_cache(2 ** 28 // (12 * cfg.frames * math.prod(cfg.size)))(self.decode)  # 256 MB of clips
+
+    def __reduce__(self):  # for loading processes that do not fork: each lists the folder and keeps clips of its own
+        return VideoFolder, (self.cfg,)
 
     def item(self, i):
         """Number of the start, and file, of clip i."""
@@ -705,9 +711,8 @@ class VideoFolder:
         while True:
             start, path = self.item(i)
             if path not in self.bad:
-                self.tried += 1
                 try:
-                    return self.decode(start, path), self.caption(i)
+                    return self.kept(start, path), self.caption(i)
                 except Abort as error:
                     print(f"skipped: {error}", flush=True)
                     self.bad.add(path)
@@ -719,7 +724,7 @@ class VideoFolder:
     def decode(self, start, path):
         """A clip (3, F, H, W) in [-1, 1] of a file: the frames nearest in time, cropped in the middle."""
         import av
-        cfg = self.cfg
+        cfg, self.tried = self.cfg, self.tried + 1
         still = path.suffix.lower() in IMAGES
         wanted = np.arange(1 if still else cfg.frames) / cfg.fps  # seconds
         try:
@@ -734,7 +739,7 @@ class VideoFolder:
                     raise Abort(f"{path} lasts {seconds:.2f} s, a clip of {cfg.frames} frames at {cfg.fps:g} per "
                                 f"second {cfg.frames / cfg.fps:.2f} s: remove it, or lower --frames or raise --fps")
                 wanted = wanted + room * start / (self.STARTS - 1)
-                container.seek(int(wanted[0] / stream.time_base), stream=stream)
+                container.seek(int((wanted[0] + late) / stream.time_base), stream=stream)
                 decoded, frames = container.decode(stream), []
                 frame = next(decoded)
                 for moment in wanted:
@@ -857,7 +862,7 @@ class Up(nn.Module):
 
 class VAE(nn.Module):
     """Video autoencoder of Sec. 4.1. encode and decode speak normalised latents, (z - mean) / std per channel."""
-    inner = {"encoder_in", "encoder", "encoder_out", "decoder_in", "decoder", "decoder_out"}
+    inner = ""  # Muon trains all of it
 
     def __init__(self, cfg):
         super().__init__()
@@ -1055,9 +1060,8 @@ def crop(video, size, rng):
 
     Ours: most of a toy clip is background; eight crops show four times the objects of two clips in half the time.
     """
-    spans = [(n - min(n, m), min(n, m)) for n, m in zip(video.shape[1:], size)]  # last start, length
-    corners = rng.integers([start + 1 for start, _ in spans], size=(2, 3))
-    return max((video[:, *(slice(a, a + m) for a, (_, m) in zip(corner, spans))] for corner in corners), key=torch.std)
+    corners = rng.integers([max(n - m, 0) + 1 for n, m in zip(video.shape[1:], size)], size=(2, 3))
+    return max((video[:, *map(slice, corner, corner + size)] for corner in corners), key=torch.std)
 
 
 def training_batch(clips, cfg, step):
@@ -1135,7 +1139,7 @@ def main(cfg):
         if step + 1 == cfg.steps:
             vae.measure_latents(clips, 256)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            save(path, stage="vae", step=step + 1, config=asdict(cfg), model=vae.state_dict(), rng=rng_state(),
+            save(path, stage="vae", step=step + 1, config=asdict(cfg), model=vae.state_dict(),
                  optimizer=[optimizer.state_dict() for optimizer in optimizers])
     figures, film = evaluate(vae, cfg)
     write_png(path.with_suffix(".png"), film, cfg.fps)
