@@ -17,7 +17,6 @@ import sys
 import time
 import weakref
 import zlib
-from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
@@ -201,26 +200,22 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         group, = self.param_groups
-        alike = defaultdict(list)
         for p in group["params"]:
             if p.grad is not None:
                 average = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 average.lerp_(p.grad, 1 - group["momentum"])
-                alike[p.shape].append((p, p.grad.lerp(average, group["momentum"])))
-        for shape, pairs in alike.items():  # in one go, as most are small
-            params, updates = zip(*pairs)
-            updates = self.orthogonal(torch.stack(updates).flatten(2)).unflatten(2, shape[1:])
-            torch._foreach_add_(params, updates.unbind(), alpha=-group["lr"] * max(1, shape[0] / shape[1:].numel()) ** .5)
+                update = self.orthogonal(p.grad.lerp(average, group["momentum"]).flatten(1)).reshape(p.shape)
+                p.add_(update, alpha=-group["lr"] * max(1, len(p) / p[0].numel()) ** .5)
 
     def orthogonal(self, x):
-        """About U V^T of the singular value decomposition U S V^T of each of x (B, m, n)."""
-        if x.shape[1] > x.shape[2]:
-            return self.orthogonal(x.mT).mT
-        x = x / (1.01 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-        gram = x @ x.mT
+        """About U V^T of the singular value decomposition U S V^T of x (m, n)."""
+        if x.shape[0] > x.shape[1]:
+            return self.orthogonal(x.T).T
+        x = x / (1.01 * x.norm() + 1e-7)
+        gram = x @ x.T
         for i, (a, b, c) in enumerate(self.COEFFICIENTS):
-            factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-            factor.diagonal(dim1=1, dim2=2).add_(a)
+            factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+            factor.diagonal().add_(a)
             gram = factor @ gram @ factor if i < len(self.COEFFICIENTS) - 1 else None
             product = factor @ product if i else factor
         return product @ x
