@@ -2,7 +2,7 @@
 
     python distill.py                                # toy: after dit.py or prune.py, a laptop, minutes
     python distill.py --ablation                     # Table 5's heads, each part of the method alone, three seeds
-    torchrun --nproc_per_node=8 distill.py --preset paper
+    torchrun --nproc_per_node=8 distill.py --preset paper --accumulate 8
 
 out/pruned.pt or out/dit.pt -> out/distilled.pt, out/distilled.png (the teacher's samples above the student's)
 """
@@ -30,7 +30,7 @@ from vae import (PAPER, VAE, WORLD, Abort, Training, VAEConfig, draw_noise, dry_
 @dataclass
 class Config(LaterStage, Training):
     init: str = flag("", "generator to distil; not given: out/pruned.pt, or out/dit.pt if there is none")
-    steps: int = flag(150)
+    steps: int = flag(400)
     lr: float = flag(1e-4, "the generator's learning rate, AdamW")
     head_lr: float = flag(2e-3, "the discriminator's heads'")
     muon_lr: float = flag(0.)
@@ -40,7 +40,7 @@ class Config(LaterStage, Training):
     stochastic: bool = flag(True, "Ours: its steps draw fresh noise, as x_t does in training; --no-stochastic: Euler's")
     trunk: int = flag(3, "K: the generator's first blocks, which the discriminator inherits frozen")
     head: str = flag("dit", "discriminator's heads: dit, resblock2d (SnapGen-V's) or resblock3d (PCM's)")
-    adversarial_weight: float = flag(1., "Ours: norm of L_adv's gradient at the generated clip, that of L_recon's is 1")
+    adversarial_weight: float = flag(10., "Ours: length of L_adv's gradient at a fake clip, that of L_recon's is 1")
     reconstruction_weight: float = flag(1., "weight of L_recon")
     huber: float = flag(.04, "c of the pseudo-Huber loss")
     ablation: bool = flag(False, "train each part of the method and each head alone, and print the table")

@@ -2,7 +2,7 @@
 
     python dit.py                                    # toy: after vae.py, a laptop, minutes
     python dit.py --data FOLDER --out OUT            # real videos, with the VAE that vae.py trained on them
-    torchrun --nproc_per_node=8 dit.py --preset paper --data FOLDER
+    torchrun --nproc_per_node=8 dit.py --preset paper --data FOLDER --accumulate 16
 
 out/vae.pt, clips -> out/latents/ (each clip encoded once), out/dit.pt, out/dit.png (samples)
 """
@@ -475,9 +475,9 @@ class LaterStage(Stage):
     data: str = flag("", "synthetic, or a folder as vae.py takes; not given: what the generator was trained on")
 
 
-def load_dit(path, stage=None, device="cpu", data=""):
+def load_dit(path, device="cpu", data=""):
     """The averaged model of dit.py's checkpoint or a later stage's, and what it is and makes, by name."""
-    checkpoint = load(path, stage)
+    checkpoint = load(path)
     if "generator" not in checkpoint:
         raise Abort(f"{path} was made by vae.py and is no generator")
     about = SimpleNamespace(**checkpoint["generator"] | {"out": str(Path(path).parent)})

@@ -867,7 +867,7 @@ def test_moving_average_and_whose_vae_it_is(folder):
     model, ema = (torch.nn.Linear(2, 2).requires_grad_(trained) for trained in (True, False))
     dit.average(ema, model, .9, 0)
     assert not ema.weight.requires_grad, "it keeps a graph that grows with every step"
-    (model, about), saved = dit.load_dit(trained() / "dit.pt", "dit"), vae.load(trained() / "dit.pt")
+    (model, about), saved = dit.load_dit(trained() / "dit.pt"), vae.load(trained() / "dit.pt")
     assert same(dict(model.state_dict()), dict(saved["ema"])) and not same(saved["ema"], saved["model"])
     dit.load_vae(folder, name=about.vae)
     vae.main(replace(TINY_VAE, out=str(folder), seed=1))
@@ -1095,7 +1095,7 @@ def test_prune_resumes_to_the_same_bits_and_says_what_is_wrong(folder):
     prune.main(replace(TINY_PRUNE, out=str(twice), resume=True))
     a, b = vae.load(once / "pruned.pt"), vae.load(twice / "pruned.pt")
     assert (wrong := [k for k in a if k != "config" and not same(a[k], b[k])]) == [], wrong
-    model, about = dit.load_dit(once / "pruned.pt", "pruned")
+    model, about = dit.load_dit(once / "pruned.pt")
     assert len(about.kept["blocks"]) == about.depth == model.cfg.depth == 1 and (once / "pruned.png").exists()
     dit.main(replace(TINY_DIT, out=str(once), num_heads=1, depth=4))         # a generator of another shape
     wrong = []

@@ -3,7 +3,7 @@
     python vae.py                                    # toy: synthetic clips, a laptop, minutes
     python vae.py --ratio 4x16x16 --out out_4x16x16  # another compression ratio of Table 3
     python vae.py --data FOLDER                      # NAME.mp4 (or .png, .jpg), captions in NAME.txt
-    torchrun --nproc_per_node=8 vae.py --preset paper --data FOLDER
+    torchrun --nproc_per_node=8 vae.py --preset paper --data FOLDER --accumulate 2
 
 video (B, 3, F, H, W) in [-1, 1] of F = 1 + 8k frames -> out/vae.pt, out/vae.png (inputs above reconstructions)
 """
@@ -792,7 +792,7 @@ def pixel_norm(x):
 class CausalConv3d(nn.Conv3d):
     """Repeats the first frame before the clip; with causal=False, as in LTX's decoder, both ends alike."""
 
-    def __init__(self, c_in, c_out, kernel=3, stride=1, causal=True):
+    def __init__(self, c_in, c_out, kernel, stride=1, causal=True):
         super().__init__(c_in, c_out, kernel, stride)
         self.causal, self.padding = causal, (0, *(k // 2 for k in self.kernel_size[1:]))
 
