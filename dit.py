@@ -95,7 +95,7 @@ class Attention(nn.Module):
     def __init__(self, width, num_heads, head_dim):
         super().__init__()
         self.num_heads, self.head_dim, inner = num_heads, head_dim, num_heads * head_dim
-        self.eps = 1e-5 * width / inner  # LTX's; more once heads are pruned, whose zeros the mean no longer counts
+        self.eps = 1e-5 * width / inner  # LTX's. Ours: more where heads are pruned, whose zeros the mean leaves out
         self.norm_q, self.norm_k = nn.Parameter(torch.ones(inner)), nn.Parameter(torch.ones(inner))
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, inner) for _ in range(3))
         self.to_out = nn.Linear(inner, width)

@@ -87,7 +87,7 @@ class Training(Stage):
                         f"{self.accumulate} micro-batches: change it or --accumulate")
 
 
-PAPER = dict(muon_lr=0., clip=1., bf16=True, checkpointing=True, compile=True, save_every=1000, gpus=128)  # every stage
+PAPER = dict(muon_lr=0., clip=1., bf16=True, checkpointing=True, compile=True, save_every=1000, gpus=128)  # Ours: clip
 
 
 def launch(main, Config, presets):
@@ -182,7 +182,7 @@ def progress(start, total):
 
 
 def learning_rate(step, steps, warmup=20, decay=.5):
-    """Factor of the learning rate: linear warm-up, then constant, then linear to zero over the last share `decay`."""
+    """Factor of the rate. Ours: linear warm-up, then constant, then linear to zero over the last share `decay`."""
     return min((step + 1) / warmup, (1 - step / steps) / decay, 1)
 
 
