@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from einops import rearrange
 
 import dit
-from dit import (Attention, Block, DiT, LaterStage, add_noise, average, draw_batch, encode_clips, euler_times, load_dit,
-                 load_vae, make_videos, recipe, rms_norm, sample, save_dit, score_samples, step_inputs, test_captions,
-                 text_encoder)
+from dit import (Attention, Block, DiT, LaterStage, add_noise, average, draw_batch, encode_clips, euler_times,
+                 evaluations, load_dit, load_vae, make_videos, recipe, rms_norm, sample, save_dit, score_samples,
+                 step_inputs, test_captions, text_encoder)
 from vae import (PAPER, VAE, WORLD, Abort, Training, VAEConfig, draw_noise, dry_run, flag, launch, make_optimizers,
                  prepare, print0, progress, resume, setup, share, summary, update, write_png)
 
@@ -38,11 +38,11 @@ class Config(LaterStage, Training):
     num_steps: int = flag(4, "denoising steps that the generator is distilled to: k, the size of T")
     shift: float = flag(3., "Ours: above 1, T, which the paper does not give, is nearer to noise; 1: 1, .75, .5, .25")
     stochastic: bool = flag(True, "Ours: its steps draw fresh noise, as x_t does in training; --no-stochastic: Euler's")
-    trunk: int = flag(3, "K: the generator's first blocks, which the discriminator inherits frozen")
+    trunk: int = flag(3, "Ours: K, the generator's first blocks, which the discriminator inherits frozen")
     head: str = flag("dit", "discriminator's heads: dit, resblock2d (SnapGen-V's) or resblock3d (PCM's)")
     adversarial_weight: float = flag(10., "Ours: length of L_adv's gradient at a fake clip, that of L_recon's is 1")
     reconstruction_weight: float = flag(1., "weight of L_recon")
-    huber: float = flag(.04, "c of the pseudo-Huber loss")
+    huber: float = flag(.04, "Ours: c of the pseudo-Huber loss")
     ablation: bool = flag(False, "train each part of the method and each head alone, and print the table")
     seeds: int = flag(3, "runs a row of the ablation")
     score_clips: int = flag(48, "unseen captions of each test set whose samples are scored; 0 for none")
@@ -278,9 +278,9 @@ def speed(teacher, ema, vae, about, student):
     calls = [(sample, m, noise, *text, *recipe(its)[:2]) for m, its in ((teacher, about), (ema, student))]
     calls.append((vae.decode, noise))
     slow, fast, decode = np.median([[seconds(*call) for call in calls] for _ in range(10)], 0).tolist()
-    few, many = (its.num_steps * (1 + (its.guidance_scale != 1)) for its in (student, about))
-    return dict(evaluations=few, evaluations_teacher=many, times_faster=slow / fast, denoise_ms=1e3 * fast,
-                decode_ms=1e3 * decode, fps=about.frames / (fast + decode), fps_teacher=about.frames / (slow + decode))
+    return dict(evaluations=evaluations(student), evaluations_teacher=evaluations(about), times_faster=slow / fast,
+                denoise_ms=1e3 * fast, decode_ms=1e3 * decode, fps=about.frames / (fast + decode),
+                fps_teacher=about.frames / (slow + decode))
 
 
 def describe(cfg, n):

@@ -402,7 +402,7 @@ def draw_batch(cache, batch_size, key, device):
 
 
 def training_batch(cfg, about, cache, device, key):
-    """This process's share of a step's x0, noise, t, text_emb and text_mask; for guidance, a tenth have no caption."""
+    """This process's share of a step's x0, noise, t, text_emb and text_mask. Ours: a tenth, for guidance, untold."""
     count, (x0, text_emb, text_mask) = cfg.batch_size, draw_batch(cache, cfg.batch_size, key, device)
     told = share(torch.rand(count, 1, device=device) >= .1).float()                              # (B, 1)
     t = logit_normal(count, about.timestep_mean, about.timestep_std, device)
@@ -513,6 +513,11 @@ def generate(model, vae, text, shape, times, guidance_scale=1., stochastic=False
 def recipe(about):
     """Times, guidance scale, and whether each step draws noise, that a generator samples with unless told otherwise."""
     return euler_times(about.num_steps, about.shift), about.guidance_scale, about.stochastic
+
+
+def evaluations(about):
+    """Of the network, for a clip by the recipe that a generator samples with."""
+    return about.num_steps * (1 + (about.guidance_scale != 1))
 
 
 def test_captions(cfg, split, count):

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from dit import (MOBILE, LaterStage, build, find_generator, load_dit, load_vae, make_videos, recipe, step_inputs,
-                 test_captions, untrained)
+from dit import (MOBILE, LaterStage, build, evaluations, find_generator, load_dit, load_vae, make_videos, recipe,
+                 step_inputs, test_captions, untrained)
 from vae import (RANK, RATIOS, VAE, WORLD, Abort, Meter, barrier, flag, launch, open_clips, print0, progress,
                  reconstruct_clips, score, setup, summary, write_png)
 
@@ -127,8 +127,8 @@ def write_vbench(cfg, model, vae, about, prompts):
     return dict(videos=len(names), written=len(todo))
 
 
-def median_ms(call, count=50, seconds=20):
-    """Median time of call() in ms, of as many as the seconds allow, after two to warm up."""
+def median_ms(call, count=50):
+    """Median time of call() in ms, after two to warm up; of fewer than count where they take over 20 seconds."""
     times = []
     for _ in range(count + 2):
         began = time.perf_counter()
@@ -136,7 +136,7 @@ def median_ms(call, count=50, seconds=20):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - began))
-        if len(times) > 5 and sum(times[2:]) > 1e3 * seconds:
+        if len(times) > 5 and sum(times[2:]) > 20e3:
             break
     return float(np.median(times[2:]))
 
@@ -158,11 +158,10 @@ def bench(name, model, vae, about, matmul_tflops):
         build(about)(*step_inputs(about, shape[1:], 1))
     inputs = step_inputs(about, shape[1:], 1, model.table.device)
     step, decode = median_ms(lambda: model(*inputs)), median_ms(lambda: vae.decode(inputs[0]), 5)
-    evaluations = about.num_steps * (1 + (about.guidance_scale != 1))
     row = dict(parameters=sum(p.numel() for p in model.parameters()), tokens=math.prod(shape[1:]),
                gflops=meter.flops / 1e9, step_ms=step, utilisation=meter.flops / step / 1e9 / matmul_tflops,
-               decode_ms=decode, peak_gb=peak_gb(), evaluations=evaluations,
-               fps=1e3 * about.frames / (evaluations * step + decode))
+               decode_ms=decode, peak_gb=peak_gb(), evaluations=evaluations(about),
+               fps=1e3 * about.frames / (evaluations(about) * step + decode))
     print0(f"{name!s:16}", *(f"{k} {v:<9,}" if isinstance(v, int) else f"{k} {v:<9.4g}" for k, v in row.items()))
     return row
 

@@ -222,7 +222,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, lr, muon_lr):
-    """AdamW for everything; with muon_lr, Muon for the matrices and kernels whose names start with model.inner."""
+    """AdamW, Ours: without weight decay; with muon_lr, Muon for matrices and kernels named like model.inner."""
     inner, others = [], []
     for name, p in model.named_parameters():
         (inner if muon_lr and p.ndim > 1 and name.startswith(model.inner) else others).append(p)
@@ -297,13 +297,13 @@ class Meter(TorchDispatchMode):
         self.most = max(self.most, self.now)
 
 
-def measure_training(cfg, describe):
+def measure_training(cfg, describe, device="cuda"):
     """Seconds that all steps take on this GPU, by the best of three of each phase, and the GB that it holds at most.
 
     describe() as dry_run's, for the clips of a micro-batch. That GPUs talk to each other is not counted.
     """
     seconds = 0
-    with torch.device("cuda"):
+    with torch.device(device):
         trained, others, phases, _ = describe()
     optimizers = [torch.optim.AdamW([p for module in trained for p in module.parameters()], 1e-6, fused=True)]
     for steps, loss, batch in phases:
@@ -719,7 +719,8 @@ class VideoFolder:
     def decode(self, start, path):
         """A clip (3, F, H, W) in [-1, 1] of a file: the frames nearest in time, cropped in the middle."""
         import av
-        cfg, self.tried = self.cfg, self.tried + 1
+        self.tried += 1
+        cfg = self.cfg
         still = path.suffix.lower() in IMAGES
         wanted = np.arange(1 if still else cfg.frames) / cfg.fps  # seconds
         try:
