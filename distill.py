@@ -1,6 +1,7 @@
 """Adversarial step distillation (Sec. 4.3, Table 5): 4 network evaluations without guidance instead of 80.
 
     python distill.py                                # toy: after dit.py or prune.py, a laptop, minutes
+    python distill.py --targets 0 --warm_steps 0     # the adversarial losses as printed, without what we added
     python distill.py --ablation                     # Table 5's heads, each part of the method alone, three seeds
     torchrun --nproc_per_node=8 distill.py --preset paper --accumulate 8
 
@@ -9,7 +10,7 @@ out/pruned.pt or out/dit.pt -> out/distilled.pt, out/distilled.png (the teacher'
 import copy
 import time
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +31,13 @@ from vae import (PAPER, VAE, WORLD, Abort, Training, VAEConfig, draw_noise, dry_
 @dataclass
 class Config(LaterStage, Training):
     init: str = flag("", "generator to distil; not given: out/pruned.pt, or out/dit.pt if there is none")
-    steps: int = flag(400)
+    teacher: str = flag("", "generator that makes targets of L_recon; not given: out/dit.pt, or init if there is none")
+    targets: int = flag(100, "Ours: batches that have clean clips of the teacher for targets; 0: x0, as printed")
+    target_steps: int = flag(8, "guided steps in which the teacher makes a target")
+    guidance_scale: float = flag(1.5, "and their guidance")
+    warm_steps: int = flag(400, "Ours: steps towards the targets alone, before the adversary joins")
+    warm_lr: float = flag(1e-3, "their learning rate, AdamW; Muon's is ten times that")
+    steps: int = flag(200)
     lr: float = flag(1e-4, "the generator's learning rate, AdamW")
     head_lr: float = flag(2e-3, "the discriminator's heads'")
     muon_lr: float = flag(0.)
@@ -40,7 +47,7 @@ class Config(LaterStage, Training):
     stochastic: bool = flag(True, "Ours: its steps draw fresh noise, as x_t does in training; --no-stochastic: Euler's")
     trunk: int = flag(3, "Ours: K, the generator's first blocks, which the discriminator inherits frozen")
     head: str = flag("dit", "discriminator's heads: dit, resblock2d (SnapGen-V's) or resblock3d (PCM's)")
-    adversarial_weight: float = flag(10., "Ours: length of L_adv's gradient at a fake clip, that of L_recon's is 1")
+    adversarial_weight: float = flag(3., "Ours: length of L_adv's gradient at a fake clip, that of L_recon's is 1")
     reconstruction_weight: float = flag(1., "weight of L_recon")
     huber: float = flag(.04, "Ours: c of the pseudo-Huber loss")
     ablation: bool = flag(False, "train each part of the method and each head alone, and print the table")
@@ -49,7 +56,8 @@ class Config(LaterStage, Training):
 
 
 PRESETS = {"toy": {}, "paper": PAPER | dict(  # Sec. 5. Ours: the batch, which the paper leaves open, and K
-    steps=20_000, batch_size=64, shift=1., stochastic=False, lr=1e-6, head_lr=1e-4, trunk=10, gpus=64)}
+    targets=0, warm_steps=0, steps=20_000, batch_size=64, shift=1., stochastic=False, lr=1e-6, head_lr=1e-4, trunk=10,
+    gpus=64)}
 
 
 # ------------------------------------------------------------------------------------------------ the discriminator
@@ -130,10 +138,14 @@ class Discriminator(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------ the losses
-def draw_times(count, times, device=None):
-    """Times t and t' (count,), t' < t, uniformly from the pairs of T and 0. Ours: the 0, as else T_k, where the last
-    step starts, has no t'; and no logit-normal, whose m and s the paper gives, but not what it would draw."""
+def draw_times(count, times, t=None, device=None):
+    """Times t and t' (count,), t' < t, uniformly from the pairs of T and 0, or of those that begin with one t.
+
+    Ours: the 0, as else T_k, where the last step starts, has no t'; and no logit-normal, whose m and s the paper gives,
+    but not what it would draw.
+    """
     pairs = torch.combinations(torch.tensor(times, device=device))
+    pairs = pairs if t is None else pairs[pairs[:, 0] == t]
     return pairs[torch.randint(len(pairs), (count,), device=device)].unbind(1)
 
 
@@ -163,54 +175,112 @@ def level(gradient, weight, batch_size):
 class Adversaries:
     """The losses of a step, in which first the discriminator's heads are trained, then the generator."""
 
-    def __init__(self, cfg, generator, discriminator):
+    def __init__(self, cfg, generator, discriminator=None):
         self.cfg, self.generator, self.discriminator = cfg, generator, discriminator
 
-    def fakes(self, x0, t, t_next, noise, *text):
+    def fakes(self, x_t, t, t_next, *text):
         """Fake clips, and the generator's guess of the clean ones."""
-        x_t = add_noise(x0, noise, t)
         velocity = self.generator(x_t, t, *text)
         return jump(x_t, velocity, t, t_next), jump(x_t, velocity, t, 0 * t)
 
-    def discriminator_loss(self, x0, t, t_next, noise, again, *text):
+    def discriminator_loss(self, x_t, t, t_next, x0, noise, _, *text):
         """The heads' loss, the mean scores of real and fake clips, and how many are right."""
         with torch.no_grad():
-            fake, _ = self.fakes(x0, t, t_next, noise, *text)
-        real = add_noise(x0, again, t_next)  # Eq. (7), real
+            fake, _ = self.fakes(x_t, t, t_next, *text)
+        real = add_noise(x0, noise, t_next)  # Eq. (7), real
         self.discriminator.heads.requires_grad_(True)
         both = self.discriminator(torch.cat([real, fake]), *(torch.cat([y, y]) for y in (t_next, *text)))
         d_real, d_fake = both.float().chunk(2)
         right = torch.cat([d_real < 0, d_fake > 0]).float()
         return torch.stack([discriminator_loss(d_real, d_fake), d_real.mean(), d_fake.mean(), right.mean()])
 
-    def generator_loss(self, x0, t, t_next, noise, _, *text):
+    def reconstruction_loss(self, x_t, t, t_next, x0, noise, target, *text):
+        """L_recon alone."""
+        return reconstruction_loss(self.fakes(x_t, t, t_next, *text)[1], target, self.cfg.huber)
+
+    def generator_loss(self, x_t, t, t_next, x0, noise, target, *text):
         """The generator's loss, and its parts."""
-        fake, x0_hat = self.fakes(x0, t, t_next, noise, *text)
+        fake, x0_hat = self.fakes(x_t, t, t_next, *text)
         self.discriminator.heads.requires_grad_(False)
         fake.register_hook(partial(level, weight=self.cfg.adversarial_weight, batch_size=self.cfg.batch_size))
         adversarial = self.discriminator(fake, t_next, *text).float().mean()  # Eq. (9), adversarial
-        reconstruction = reconstruction_loss(x0_hat, x0, self.cfg.huber)
+        reconstruction = reconstruction_loss(x0_hat, target, self.cfg.huber)
         return torch.stack([adversarial + self.cfg.reconstruction_weight * reconstruction, adversarial, reconstruction])
 
 
-def train(cfg, path, teacher, about, cache, device):
-    """Distil the teacher. Writes checkpoints to path; returns the averaged generator and what it is and makes."""
+def load_teacher(cfg, init, about, device):
+    """What makes L_recon's targets, if anything does."""
+    path = cfg.teacher or (path if (path := Path(cfg.out) / "dit.pt").exists() else init)
+    teacher, its = load_dit(path, device=device) if cfg.targets else (None, about)
+    if (its.vae, its.text_encoder, its.text_dim) != (about.vae, about.text_encoder, about.text_dim):
+        raise Abort(f"{path} has another VAE or text encoder than {init}: name another --teacher or make {init} again")
+    return teacher
+
+
+@torch.no_grad()
+def teach(cfg, teacher, cache, device, i):
+    """Lesson i: x_t at one t of T, x0, the clean clips that guided steps of the teacher make of x_t, t, and captions.
+
+    Its random numbers are its own, so that a resumed run, which makes it later, makes the same.
+    """
+    t, times = euler_times(cfg.num_steps, cfg.shift)[i % cfg.num_steps], euler_times(cfg.target_steps, cfg.shift)
+    with torch.random.fork_rng():
+        torch.manual_seed(i)
+        x0, *text = draw_batch(cache, cfg.batch_size, (cfg.seed, i), device)
+        noise = partial(draw_noise, cfg.batch_size, x0.shape[1:], device)
+        x_t, renew = add_noise(x0, noise(), x0.new_tensor(t)), noise if cfg.stochastic else None
+        return x_t, x0, sample(teacher, x_t, *text, [t * s for s in times], cfg.guidance_scale, renew), t, text
+
+
+def training_batch(cfg, lesson, cache, device, step):
+    """This process's share of a step's x_t, t, t', x0, noise, target of L_recon, and captions."""
+    if cfg.targets:
+        x_t, x0, target, t, text = lesson(step % cfg.targets)
+    else:
+        x_t, t, (x0, *text) = None, None, draw_batch(cache, cfg.batch_size, (cfg.seed, step), device)
+    noise = partial(draw_noise, cfg.batch_size, x0.shape[1:], device)
+    moments, t_next = map(share, draw_times(cfg.batch_size, euler_times(cfg.num_steps, cfg.shift), t, device))
+    if not cfg.targets:
+        x_t, target = add_noise(x0, noise(), moments), x0
+    return x_t, moments, t_next, x0, noise(), target, *text
+
+
+def warm_start(cfg, generator, lesson, cache, device, path):
+    """Ours: the generator after it learned L_recon alone, at a higher rate. The adversary then has little left to do,
+    which alone, on the toy, it does not do."""
+    cfg, log, began = replace(cfg, steps=cfg.warm_steps), [], time.time()
+    model, ema = copy.deepcopy(generator).requires_grad_(), copy.deepcopy(generator)
+    optimizers = make_optimizers(model, cfg.warm_lr, 10 * cfg.warm_lr)
+    prepare(model.blocks, cfg)
+    for step in progress(0, cfg.steps):
+        batch = training_batch(cfg, lesson, cache, device, step)
+        log.append(update(Adversaries(cfg, model).reconstruction_loss, batch, optimizers, step, cfg, path).item())
+        average(ema, model, cfg.ema, step)
+        if (step + 1) % cfg.log_every == 0:
+            print0(f"warm start {step + 1}/{cfg.steps}  reconstruction {np.mean(log[-cfg.log_every:]):.3f}  "
+                   f"{(time.time() - began) / 60:.1f} min")
+    return ema
+
+
+def train(cfg, path, generator, warm, lesson, about, cache, device):
+    """Distil the generator from where its warm start ended. Writes checkpoints to path.
+
+    Returns the averaged generator and what it is and makes.
+    """
     torch.manual_seed(cfg.seed)
     how = dict(num_steps=cfg.num_steps, guidance_scale=1., shift=cfg.shift, stochastic=cfg.stochastic)
     student = SimpleNamespace(**vars(about) | how)
-    model, ema = copy.deepcopy(teacher).requires_grad_(), copy.deepcopy(teacher)
-    times = euler_times(cfg.num_steps, cfg.shift)
-    heads = (discriminator := Discriminator(teacher, cfg.trunk, cfg.head).to(device)).heads
+    model, ema = copy.deepcopy(warm).requires_grad_(), copy.deepcopy(warm)
+    heads = (discriminator := Discriminator(generator, cfg.trunk, cfg.head).to(device)).heads
     optimizers, head_optimizers = make_optimizers(model, cfg.lr, cfg.muon_lr), make_optimizers(heads, cfg.head_lr, 0)
-    both = optimizers + head_optimizers
+    losses, both = Adversaries(cfg, model, discriminator), optimizers + head_optimizers
     start = resume(path, cfg, dict(model=model, ema=ema, heads=heads), both) if cfg.resume else 0
-    losses, began, log = Adversaries(cfg, model, discriminator), time.time(), []
-    prepare([*model.blocks, *heads], cfg), prepare(teacher.blocks, replace(cfg, compile=False))  # as it is timed later
+    if not start:
+        save_dit(path, 0, cfg, student, model, ema, both, heads=heads)  # --resume need not start warm again
+    prepare([*model.blocks, *heads], cfg), prepare(generator.blocks, replace(cfg, compile=False))  # is timed later
+    began, log = time.time(), []
     for step in progress(start, cfg.steps):
-        x0, *text = draw_batch(cache, cfg.batch_size, (cfg.seed, step), device)
-        noise = partial(draw_noise, cfg.batch_size, x0.shape[1:], device)
-        moments = map(share, draw_times(cfg.batch_size, times, device))
-        batch = x0, *moments, noise(), noise(), *text
+        batch = training_batch(cfg, lesson, cache, device, step)
         _, *scores = update(losses.discriminator_loss, batch, head_optimizers, step, cfg, path)
         _, *parts = update(losses.generator_loss, batch, optimizers, step, cfg, path)
         average(ema, model, cfg.ema, step)
@@ -242,19 +312,23 @@ def evaluate(table, name, models, vae, about, count, *recipe):
     return dict(zip(COLUMNS, means))
 
 
-def ablation(cfg, path, teacher, vae, about, *rest):
+def ablation(cfg, path, generator, lesson, vae, about, *rest):
     """Table 5, and each part of the method alone, at equal steps; into out/ablation.txt. Returns the last's figures."""
     few, table = lambda n: (euler_times(n, cfg.shift), 1., cfg.stochastic), [HEADER]
-    parts = {"reconstruction only": dict(adversarial_weight=0.), "adversarial only": dict(reconstruction_weight=0.),
-             "Eq. 7-9, lightweight ResBlock 3D [45]": dict(head="resblock3d"),
-             "Eq. 7-9, ResBlock-2D + temporal attention [49]": dict(head="resblock2d"), "Eq. 7-9, DiT block + MLP": {}}
+    parts = {"Eq. 7-9 as printed": dict(targets=0), "warm start, reconstruction only": dict(adversarial_weight=0.),
+             "warm start, adversarial only": dict(reconstruction_weight=0.),
+             "warm start, lightweight ResBlock 3D [45]": dict(head="resblock3d"),
+             "warm start, ResBlock-2D + attention [49]": dict(head="resblock2d"), "warm start, DiT block + MLP": {}}
     print0(HEADER)
     many, guidance_scale, stochastic = recipe(about)
     for name, *how in (("guided", many, guidance_scale, stochastic), ("unguided", many, 1., stochastic),
                        ("few steps", *few(cfg.num_steps))):
-        evaluate(table, f"teacher, {name}", [teacher], vae, about, cfg.score_clips, *how)
+        evaluate(table, f"not distilled, {name}", [generator], vae, about, cfg.score_clips, *how)
+    warm = warm_start(cfg, generator, lesson, *rest, path)
+    evaluate(table, "warm start", [warm], vae, about, cfg.score_clips, *few(cfg.num_steps))
     for name, changes in parts.items():
-        models = [train(replace(cfg, seed=seed, resume=False, **changes), path, teacher, about, *rest)[0]
+        models = [train(replace(cfg, seed=seed, resume=False, **changes), path, generator,
+                        generator if "targets" in changes else warm, lesson, about, *rest)[0]
                   for seed in range(cfg.seeds)]
         figures = evaluate(table, name, models, vae, about, cfg.score_clips, *few(cfg.num_steps))
     for n in 1, 2, 4, 8:
@@ -264,9 +338,9 @@ def ablation(cfg, path, teacher, vae, about, *rest):
 
 
 @torch.no_grad()
-def speed(teacher, ema, vae, about, student):
+def speed(generator, ema, vae, about, student):
     """Network evaluations a clip; medians of the time to denoise one, in turns, and to decode it; frames a second."""
-    device = teacher.proj_in.weight.device
+    device = generator.proj_in.weight.device
     text = [y.to(device) for y in text_encoder(about)(test_captions(about, "full", 1)[0])]
     noise = torch.randn(1, *vae.latent_shape(about.frames, *about.size), device=device)
 
@@ -275,23 +349,25 @@ def speed(teacher, ema, vae, about, student):
         call(*args).cpu()
         return time.perf_counter() - began
 
-    calls = [(sample, m, noise, *text, *recipe(its)[:2]) for m, its in ((teacher, about), (ema, student))]
+    calls = [(sample, m, noise, *text, *recipe(its)[:2]) for m, its in ((generator, about), (ema, student))]
     calls.append((vae.decode, noise))
     slow, fast, decode = np.median([[seconds(*call) for call in calls] for _ in range(10)], 0).tolist()
-    return dict(evaluations=evaluations(student), evaluations_teacher=evaluations(about), times_faster=slow / fast,
+    return dict(evaluations=evaluations(student), evaluations_guided=evaluations(about), times_faster=slow / fast,
                 denoise_ms=1e3 * fast, decode_ms=1e3 * decode, fps=about.frames / (fast + decode),
-                fps_teacher=about.frames / (slow + decode))
+                fps_guided=about.frames / (slow + decode))
 
 
 def describe(cfg, n):
-    """What vae.dry_run counts, for n clips at a time, of distilling what dit.py's preset describes."""
+    """What vae.dry_run counts, for n clips at a time, of distilling what dit.py's preset describes, but for targets."""
     about = dit.Config(**dit.PRESETS[cfg.preset])
     shape = VAE(VAEConfig()).latent_shape(about.frames, *about.size)[1:]
     model, teacher, ema = (DiT(about) for _ in "123")
     discriminator = Discriminator(teacher.requires_grad_(False), cfg.trunk, cfg.head)
     prepare([*model.blocks, *teacher.blocks, *discriminator.heads], cfg)
     losses, (x, t, *text) = Adversaries(cfg, model, discriminator), step_inputs(about, shape, n)
-    phases = [(cfg.steps, loss, (x, t, t, x, x, *text)) for loss in (losses.discriminator_loss, losses.generator_loss)]
+    phases = [(steps, loss, (x, t, t, x, x, x, *text)) for steps, loss in (
+        (cfg.warm_steps, losses.reconstruction_loss), (cfg.steps, losses.discriminator_loss),
+        (cfg.steps, losses.generator_loss)) if steps]
     return ([model, discriminator.heads], [teacher, ema], phases,
             lambda: model(*step_inputs(about, shape, 1)))
 
@@ -302,27 +378,33 @@ def main(cfg):
         return dry_run("DISTILL", cfg, partial(describe, cfg))
     began, out, device = time.time(), Path(cfg.out), setup(cfg)
     init = cfg.init or out / ("pruned.pt" if (out / "pruned.pt").exists() else "dit.pt")
-    teacher, about = load_dit(init, device=device, data=cfg.data)
+    generator, about = load_dit(init, device=device, data=cfg.data)
     vae = load_vae(about.out, device, about.vae)
-    print0(f"distill: {init}, {sum(p.numel() for p in teacher.parameters()):,} parameters, {about.num_steps} steps of "
-           f"guidance {about.guidance_scale:g} -> {cfg.num_steps} without; {WORLD} x {device.type}")
+    print0(f"distill: {init}, {sum(p.numel() for p in generator.parameters()):,} parameters, {about.num_steps} steps "
+           f"of guidance {about.guidance_scale:g} -> {cfg.num_steps} without; {WORLD} x {device.type}")
     cache = encode_clips(about, vae, text_encoder(about), device)
+    lesson = lru_cache(None)(partial(teach, cfg, load_teacher(cfg, init, about, device), cache, device))
+    Discriminator(generator, cfg.trunk, cfg.head)  # raises where these do not fit
     if cfg.ablation and about.data != "synthetic":
         raise Abort("--ablation reads the synthetic clips' attributes; this generator was trained on a folder")
     if cfg.ablation:
-        figures = ablation(cfg, out / "ablation.pt", teacher, vae, about, cache, device)
+        figures = ablation(cfg, out / "ablation.pt", generator, lesson, vae, about, cache, device)
         return summary("DISTILL", figures, began)
-    ema, student = train(cfg, path := out / "distilled.pt", teacher, about, cache, device)
-    figures = speed(teacher, ema, vae, about, student)
+    path, warm = out / "distilled.pt", generator
+    if cfg.warm_steps and not (cfg.resume and path.exists()):
+        warm = warm_start(cfg, generator, lesson, cache, device, path)
+    ema, student = train(cfg, path, generator, warm, lesson, about, cache, device)
+    figures = speed(generator, ema, vae, about, student)
     if cfg.score_clips and about.data == "synthetic":
         print0(HEADER)
-        for name, model, its in (("", ema, student), ("_undistilled", teacher, student), ("_teacher", teacher, about)):
-            scores = evaluate([], name[1:] or "distilled", [model], vae, about, cfg.score_clips, *recipe(its))
+        for name, m, its in (("", ema, student), ("_undistilled", generator, student), ("_guided", generator, about)):
+            scores = evaluate([], name[1:] or "distilled", [m], vae, about, cfg.score_clips, *recipe(its))
             figures |= {k + name: v for k, v in scores.items()}
     captions = [caption for split in ("full", "open") for caption in test_captions(about, split, 3)[0]]
-    film = [make_videos(m, vae, its, captions) for m, its in ((teacher, about), (ema, student))]
+    film = [make_videos(m, vae, its, captions) for m, its in ((generator, about), (ema, student))]
     write_png(path.with_suffix(".png"), rearrange(film, "r b c f h w -> c f (r h) (b w)"), about.fps)
-    print0(f"{path.with_suffix('.png')} shows, the teacher's samples above:", *captions, sep="\n  ")
+    print0(f"{path.with_suffix('.png')} shows, samples in {evaluations(about)} evaluations above those in "
+           f"{evaluations(student)}:", *captions, sep="\n  ")
     return summary("DISTILL", figures, began, "python export_ios.py, or python sample.py")
 
 

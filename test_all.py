@@ -1139,7 +1139,8 @@ def test_tables_of_fig_3_and_table_4(folder):
 
 
 # ------------------------------------------------------------------------------------------------ distill.py
-TINY_DISTILL = distill.Config(steps=6, batch_size=4, trunk=1, num_steps=2, score_clips=2, save_every=2, log_every=2)
+TINY_DISTILL = distill.Config(steps=6, batch_size=4, trunk=1, num_steps=2, score_clips=2, save_every=2, log_every=2,
+                              targets=3, target_steps=2, warm_steps=4)
 
 
 def tiny_adversary(head="dit", trunk=1):
@@ -1186,6 +1187,31 @@ def test_times_go_down():
     counts = Counter(zip(*(t.tolist() for t in distill.draw_times(20_000, dit.euler_times(4)))))
     assert set(counts) == {(a, b) for a in (1, .75, .5, .25) for b in (.75, .5, .25, 0) if b < a}
     assert max(abs(n - 2000) for n in counts.values()) < 250, counts
+    t, t_next = distill.draw_times(200, dit.euler_times(4, 3.), dit.euler_times(4, 3.)[1])
+    assert t.unique().tolist() == [torch.tensor(.9).item()] and t_next.unique().tolist() == [0, .5, .75]
+
+
+@torch.no_grad()
+def test_lessons_lead_where_the_teacher_goes():
+    x, _, *text = tiny_inputs()
+    cache = [[y.half().numpy() for y in (x, *text)]]
+    cfg = replace(TINY_DISTILL, batch_size=2, target_steps=1, guidance_scale=1., stochastic=False, num_steps=4)
+    teacher, state = dit.DiT(TINY_DIT), torch.get_rng_state()
+    lesson = partial(distill.teach, cfg, teacher, cache, "cpu")
+    for i, t in enumerate((1, .9, .75, .5)):                             # T, in turn
+        x_t, x0, target, at, told = lesson(i)
+        assert abs(at - t) < 1e-6 and same([x_t, target], [lesson(i)[0], lesson(i)[2]])
+        assert same(torch.get_rng_state(), state)                        # so that who makes it later draws the same
+        # One unguided step is the teacher's own guess, which the teacher has nothing to learn from.
+        moments = torch.full((2,), at)
+        close(target, distill.jump(x_t, teacher(x_t, moments, *told), moments, 0 * moments))
+        batch = distill.training_batch(cfg, lesson, cache, "cpu", i)
+        assert distill.Adversaries(cfg, teacher).reconstruction_loss(*batch) < 1e-6
+        torch.set_rng_state(state)
+        two = distill.teach(replace(cfg, target_steps=2), teacher, cache, "cpu", i)[2]
+        half = 3 * .5 / (1 + 2 * .5)                                     # T's shift, between x_t and the clip
+        between = dit.sample(teacher, x_t, *told, [at, at * half])
+        close(two, dit.sample(teacher, between, *told, [at * half, 0]))
 
 
 def test_generator_learns_to_pass_and_what_is_frozen_stays():
@@ -1232,11 +1258,12 @@ def test_discriminators_learn_and_see_what_their_sources_say():
 def test_distill_resumes_to_the_same_bits(folder):
     cfg = replace(TINY_DISTILL, init=f"{trained()}/dit.pt", out=str(folder / "whole"))
     figures, parts = distill.main(cfg), replace(cfg, out=str(folder / "parts"))
-    assert figures["evaluations"] == 2 and figures["evaluations_teacher"] == 6
+    assert figures["evaluations"] == 2 and figures["evaluations_guided"] == 6
     for again in (False, True):                                          # broken off twice
-        with patch.object(dit, "save", breaking(dit.save, 1)):
+        with patch.object(dit, "save", breaking(dit.save, 2 - again)):   # at step 4, and at step 6
             aborts("broken off", distill.main, replace(parts, resume=again))
-    distill.main(replace(parts, resume=True))
+    with patch.object(distill, "warm_start", None):                      # which is not made again
+        distill.main(replace(parts, resume=True))
     once, twice = (vae.load(folder / name / "distilled.pt", "distilled") for name in ("whole", "parts"))
     assert (wrong := [k for k in once if k != "config" and not same(once[k], twice[k])]) == [], wrong
     about, teacher = dit.load_dit(folder / "whole" / "distilled.pt")[1], vae.load(trained() / "dit.pt")["ema"]
@@ -1247,14 +1274,16 @@ def test_distill_resumes_to_the_same_bits(folder):
 def test_distill_says_what_is_wrong(folder):
     good = torch.load(trained() / "dit.pt", weights_only=True)
     torch.save(good | {"generator": good["generator"] | {"text_dim": 24}}, folder / "wide.pt")
+    torch.save(good | {"generator": good["generator"] | {"vae": "0"}}, folder / "other.pt")
     for words, flags in (("dit.py first", ""), ("text_dim 24", f"--init {folder}/wide.pt"),
                          ("--head conv", f"--head conv --init {trained()}/dit.pt"),
                          ("2 blocks", f"--trunk 3 --init {trained()}/dit.pt"),
-                         ("no generator", f"--init {trained()}/vae.pt")):
+                         ("no generator", f"--init {trained()}/vae.pt"),
+                         ("another VAE", f"--init {trained()}/dit.pt --teacher {folder}/other.pt")):
         status, _, error = command(distill, "--out", str(folder), *flags.split())
         assert status == 2 and words in error and error.count("\n") == 1, error
     for part in "discriminator_loss", "reconstruction_loss":
-        cfg = replace(TINY_DISTILL, out=str(folder), init=f"{trained()}/dit.pt")
+        cfg = replace(TINY_DISTILL, out=str(folder), init=f"{trained()}/dit.pt", warm_steps=0)
         poisoned = Mock(wraps=getattr(distill, part))
         nan = torch.tensor(math.nan, requires_grad=True)
         poisoned.side_effect = lambda *_: DEFAULT if poisoned.call_count < 5 else nan
@@ -1267,7 +1296,7 @@ def test_distill_says_what_is_wrong(folder):
 def test_ablation_has_every_row(folder):
     cfg = replace(TINY_DISTILL, init=f"{trained()}/dit.pt", out=str(folder), ablation=True, seeds=2, steps=2)
     figures, table = distill.main(cfg), (folder / "ablation.txt").read_text().splitlines()
-    assert len(table) == 1 + 3 + 5 + 4 and f"{figures['full_quality']:.3f}" in table[8]
+    assert len(table) == 1 + 4 + 6 + 4 and f"{figures['full_quality']:.3f}" in table[10]
 
 
 # ------------------------------------------------------------------------------------------------ training at scale
