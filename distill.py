@@ -25,7 +25,7 @@ from dit import (Attention, Block, DiT, LaterStage, add_noise, average, draw_bat
                  evaluations, load_dit, load_vae, make_videos, recipe, rms_norm, sample, save_dit, score_samples,
                  step_inputs, test_captions, text_encoder)
 from vae import (PAPER, VAE, WORLD, Abort, Training, VAEConfig, draw_noise, dry_run, flag, launch, make_optimizers,
-                 prepare, print0, progress, resume, setup, share, summary, update, write_png)
+                 median_ms, prepare, print0, progress, resume, setup, share, summary, update, write_png)
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Config(LaterStage, Training):
     stochastic: bool = flag(True, "Ours: its steps draw fresh noise, as x_t does in training; --no-stochastic: Euler's")
     trunk: int = flag(3, "Ours: K, the generator's first blocks, which the discriminator inherits frozen")
     head: str = flag("dit", "discriminator's heads: dit, resblock2d (SnapGen-V's) or resblock3d (PCM's)")
-    adversarial_weight: float = flag(3., "Ours: length of L_adv's gradient at a fake clip, that of L_recon's is 1")
+    adversarial_weight: float = flag(1., "Ours: length of L_adv's gradient at a fake clip, that of L_recon's is 1")
     reconstruction_weight: float = flag(1., "weight of L_recon")
     huber: float = flag(.04, "Ours: c of the pseudo-Huber loss")
     ablation: bool = flag(False, "train each part of the method and each head alone, and print the table")
@@ -343,18 +343,11 @@ def speed(generator, ema, vae, about, student):
     device = generator.proj_in.weight.device
     text = [y.to(device) for y in text_encoder(about)(test_captions(about, "full", 1)[0])]
     noise = torch.randn(1, *vae.latent_shape(about.frames, *about.size), device=device)
-
-    def seconds(call, *args):
-        began = time.perf_counter()
-        call(*args).cpu()
-        return time.perf_counter() - began
-
-    calls = [(sample, m, noise, *text, *recipe(its)[:2]) for m, its in ((generator, about), (ema, student))]
-    calls.append((vae.decode, noise))
-    slow, fast, decode = np.median([[seconds(*call) for call in calls] for _ in range(10)], 0).tolist()
+    calls = [partial(sample, m, noise, *text, *recipe(its)[:2]) for m, its in ((generator, about), (ema, student))]
+    slow, fast, decode = median_ms([*calls, partial(vae.decode, noise)], 10)
     return dict(evaluations=evaluations(student), evaluations_guided=evaluations(about), times_faster=slow / fast,
-                denoise_ms=1e3 * fast, decode_ms=1e3 * decode, fps=about.frames / (fast + decode),
-                fps_guided=about.frames / (slow + decode))
+                denoise_ms=fast, decode_ms=decode, fps=1e3 * about.frames / (fast + decode),
+                fps_guided=1e3 * about.frames / (slow + decode))
 
 
 def describe(cfg, n):

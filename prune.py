@@ -25,8 +25,8 @@ import torch.nn.functional as F
 import dit
 from dit import (LaterStage, add_noise, average, build, contact_sheet, encode_clips, flow_matching_loss, load_dit,
                  load_vae, save_dit, score_samples, step_inputs, test_captions, text_encoder, training_batch)
-from vae import (PAPER, Abort, Meter, Training, dry_run, flag, launch, load, make_optimizers, prepare, print0,
-                 progress, resume, setup, share, summary, update)
+from vae import (PAPER, Abort, Meter, Training, dry_run, flag, launch, load, make_optimizers, median_ms, prepare,
+                 print0, progress, resume, setup, share, summary, update)
 
 # ------------------------------------------------------------------------------------------------ candidates
 SIZES = "depth", "num_heads", "ffn_dim"             # of a DiT, one for each level of granularity
@@ -248,16 +248,12 @@ def measure(cfg, model, vae, about, draw):
 @torch.no_grad()
 def step_costs(models, about, latent_shape):
     """Median ms of a denoising step, GFLOPs and peak MB, weights included, of each model; timed in turns."""
-    times, costs, inputs = np.zeros((17, len(models))), [], step_inputs(about, latent_shape, 1, models[0].table.device)
-    for i, j in np.ndindex(times.shape):
-        began = time.perf_counter()
-        models[j](*inputs).sum().item()                                  # .item() waits for a GPU
-        times[i, j] = 1e3 * (time.perf_counter() - began)
-    for model, ms in zip(models, np.median(times[2:], 0)):
+    costs, inputs = [], step_inputs(about, latent_shape, 1, models[0].table.device)
+    for model, ms in zip(models, median_ms([partial(model, *inputs) for model in models], 15)):
         with Meter() as meter:
             model(*inputs)
         weights = sum(p.nbytes for p in model.parameters())
-        costs.append(dict(step_ms=float(ms), gflops=meter.flops / 1e9, peak_mb=(weights + meter.most) / 1e6))
+        costs.append(dict(step_ms=ms, gflops=meter.flops / 1e9, peak_mb=(weights + meter.most) / 1e6))
     return costs
 
 

@@ -24,7 +24,7 @@ from einops import rearrange
 
 from dit import (MOBILE, LaterStage, build, evaluations, find_generator, load_dit, load_vae, make_videos, recipe,
                  step_inputs, test_captions, untrained)
-from vae import (RANK, RATIOS, VAE, WORLD, Abort, Meter, barrier, flag, launch, open_clips, print0, progress,
+from vae import (RANK, RATIOS, VAE, WORLD, Abort, Meter, barrier, flag, launch, median_ms, open_clips, print0, progress,
                  reconstruct_clips, score, setup, summary, write_png)
 
 
@@ -127,20 +127,6 @@ def write_vbench(cfg, model, vae, about, prompts):
     return dict(videos=len(names), written=len(todo))
 
 
-def median_ms(call, count=50):
-    """Median time of call() in ms, after two to warm up; of fewer than count where they take over 20 seconds."""
-    times = []
-    for _ in range(count + 2):
-        began = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - began))
-        if len(times) > 5 and sum(times[2:]) > 20e3:
-            break
-    return float(np.median(times[2:]))
-
-
 def peak_gb():
     """Most memory ever in use: of the GPU since it was last reset, else of this process."""
     if torch.cuda.is_available():
@@ -157,7 +143,7 @@ def bench(name, model, vae, about, matmul_tflops):
     with torch.device("meta"), Meter() as meter:
         build(about)(*step_inputs(about, shape[1:], 1))
     inputs = step_inputs(about, shape[1:], 1, model.table.device)
-    step, decode = median_ms(lambda: model(*inputs)), median_ms(lambda: vae.decode(inputs[0]), 5)
+    (step,), (decode,) = median_ms([lambda: model(*inputs)]), median_ms([lambda: vae.decode(inputs[0])], 5)
     row = dict(parameters=sum(p.numel() for p in model.parameters()), tokens=math.prod(shape[1:]),
                gflops=meter.flops / 1e9, step_ms=step, utilisation=meter.flops / step / 1e9 / matmul_tflops,
                decode_ms=decode, peak_gb=peak_gb(), evaluations=evaluations(about),
@@ -170,7 +156,7 @@ def bench_tables(cfg, generators, device):
     """Print Table 1's figures of each generator, and Table 3's, of the last one with untrained VAEs."""
     n = 8192 if device.type == "cuda" else 2048
     x = torch.randn(n, n, device=device, dtype=torch.bfloat16 if cfg.bf16 else torch.float32)
-    rate = 2 * n ** 3 / median_ms(lambda: x @ x, 10) / 1e9
+    rate = 2 * n ** 3 / median_ms([lambda: x @ x], 10)[0] / 1e9
     print0(f"{n} x {n} matrices are multiplied at {rate:.4g} TFLOP/s")
     for name, model, vae, about in generators:
         figures = bench(name, model, vae, about, rate)

@@ -944,6 +944,22 @@ def test_sample_scores_beside_baselines():
         assert figures[f"{split}_semantic_true"] > .7 and figures[f"{split}_total_true"] > .7, figures
 
 
+def test_medians_are_of_calls_in_turns():
+    clock, made = SimpleNamespace(now=0.), []
+
+    def call(name, seconds):
+        made.append(name)
+        clock.now += 99 if len(made) <= 4 else next(seconds)             # two rounds to warm up
+
+    with patch.object(vae.time, "perf_counter", lambda: clock.now):
+        a, b = itertools.cycle([.001, .009, .002]), itertools.repeat(.5)
+        figures = vae.median_ms([lambda: call("a", a), lambda: call("b", b)], 9)
+        assert np.allclose(figures, [2, 500]) and made == ["a", "b"] * 11
+        made.clear()
+        vae.median_ms([lambda: call("a", itertools.repeat(4.)), lambda: call("b", itertools.repeat(2.))], 9)
+        assert made == ["a", "b"] * 6                                    # 24 seconds in four rounds are enough
+
+
 def test_bench_is_of_what_it_says(folder):
     small = dict(frames=9, size=(128, 128), depth=2, width=48, num_heads=2, head_dim=24, ffn_dim=64, text_dim=12)
     with patch.dict(dit.PRESETS, paper=small), patch.dict(dit.MOBILE, depth=1, num_heads=1, ffn_dim=32), \

@@ -297,6 +297,23 @@ class Meter(TorchDispatchMode):
         self.most = max(self.most, self.now)
 
 
+def median_ms(calls, count=50):
+    """Median time in ms of each of the calls, in turns, after two rounds to warm up.
+
+    Rounds: count, or, where they take over 20 seconds, fewer, but at least four.
+    """
+    times = []
+    while len(times) < 6 or len(times) < count + 2 and np.sum(times[2:]) < 20e3:
+        times.append([])
+        for call in calls:
+            began = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[-1].append(1e3 * (time.perf_counter() - began))
+    return np.median(times[2:], 0).tolist()
+
+
 def measure_training(cfg, describe, device="cuda"):
     """Seconds that all steps take on this GPU, by the best of three of each phase, and the GB that it holds at most.
 
