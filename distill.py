@@ -1,11 +1,11 @@
 """Adversarial step distillation (Sec. 4.3, Table 5): 4 network evaluations without guidance instead of 80.
 
     python distill.py                                # toy: after dit.py or prune.py, a laptop, minutes
-    python distill.py --targets 0 --warm_steps 0     # the adversarial losses as printed, without what we added
+    python distill.py --targets 0 --warm_steps 0     # as printed: L_recon towards x0, and no warm start
     python distill.py --ablation                     # Table 5's heads, each part of the method alone, three seeds
     torchrun --nproc_per_node=8 distill.py --preset paper --accumulate 8
 
-out/pruned.pt or out/dit.pt -> out/distilled.pt, out/distilled.png (the teacher's samples above the student's)
+out/pruned.pt or out/dit.pt -> out/distilled.pt, out/distilled.png (samples before above those after)
 """
 import copy
 import time
@@ -22,21 +22,23 @@ from einops import rearrange
 
 import dit
 from dit import (Attention, Block, DiT, LaterStage, add_noise, average, draw_batch, encode_clips, euler_times,
-                 evaluations, load_dit, load_vae, make_videos, recipe, rms_norm, sample, save_dit, score_samples,
-                 step_inputs, test_captions, text_encoder)
-from vae import (PAPER, VAE, WORLD, Abort, Training, VAEConfig, draw_noise, dry_run, flag, launch, make_optimizers,
-                 median_ms, prepare, print0, progress, resume, setup, share, summary, update, write_png)
+                 evaluations, fingerprint, load_dit, load_vae, make_videos, recipe, rms_norm, sample, save_dit,
+                 score_samples, step_inputs, test_captions, text_encoder)
+from vae import (PAPER, VAE, WORLD, Abort, Training, VAEConfig, draw_noise, dry_run, flag, launch, load,
+                 make_optimizers, median_ms, once, prepare, print0, progress, resume, setup, share, summary, update,
+                 write_png)
 
 
 @dataclass
 class Config(LaterStage, Training):
     init: str = flag("", "generator to distil; not given: out/pruned.pt, or out/dit.pt if there is none")
-    teacher: str = flag("", "generator that makes targets of L_recon; not given: out/dit.pt, or init if there is none")
+    teacher: str = flag("", "generator that makes targets of L_recon; not given: dit.pt beside init, or else init")
     targets: int = flag(100, "Ours: batches that have clean clips of the teacher for targets; 0: x0, as printed")
     target_steps: int = flag(8, "guided steps in which the teacher makes a target")
     guidance_scale: float = flag(1.5, "and their guidance")
     warm_steps: int = flag(400, "Ours: steps towards the targets alone, before the adversary joins")
-    warm_lr: float = flag(1e-3, "their learning rate, AdamW; Muon's is ten times that")
+    warm_lr: float = flag(1e-3, "their learning rate, AdamW's")
+    warm_muon_lr: float = flag(.01, "and Muon's; 0: AdamW alone")
     steps: int = flag(200)
     lr: float = flag(1e-4, "the generator's learning rate, AdamW")
     head_lr: float = flag(2e-3, "the discriminator's heads'")
@@ -48,7 +50,7 @@ class Config(LaterStage, Training):
     trunk: int = flag(3, "Ours: K, the generator's first blocks, which the discriminator inherits frozen")
     head: str = flag("dit", "discriminator's heads: dit, resblock2d (SnapGen-V's) or resblock3d (PCM's)")
     adversarial_weight: float = flag(1., "Ours: length of L_adv's gradient at a fake clip, that of L_recon's is 1")
-    reconstruction_weight: float = flag(1., "weight of L_recon")
+    reconstruction_weight: float = flag(1., "Ours: weight of L_recon")
     huber: float = flag(.04, "Ours: c of the pseudo-Huber loss")
     ablation: bool = flag(False, "train each part of the method and each head alone, and print the table")
     seeds: int = flag(3, "runs a row of the ablation")
@@ -194,67 +196,73 @@ class Adversaries:
         right = torch.cat([d_real < 0, d_fake > 0]).float()
         return torch.stack([discriminator_loss(d_real, d_fake), d_real.mean(), d_fake.mean(), right.mean()])
 
-    def reconstruction_loss(self, x_t, t, t_next, x0, noise, target, *text):
-        """L_recon alone."""
-        return reconstruction_loss(self.fakes(x_t, t, t_next, *text)[1], target, self.cfg.huber)
-
     def generator_loss(self, x_t, t, t_next, x0, noise, target, *text):
-        """The generator's loss, and its parts."""
+        """The generator's loss, and its parts; L_recon alone where there is no discriminator."""
         fake, x0_hat = self.fakes(x_t, t, t_next, *text)
+        reconstruction = reconstruction_loss(x0_hat, target, self.cfg.huber)
+        if not self.discriminator:
+            return reconstruction
         self.discriminator.heads.requires_grad_(False)
         fake.register_hook(partial(level, weight=self.cfg.adversarial_weight, batch_size=self.cfg.batch_size))
         adversarial = self.discriminator(fake, t_next, *text).float().mean()  # Eq. (9), adversarial
-        reconstruction = reconstruction_loss(x0_hat, target, self.cfg.huber)
         return torch.stack([adversarial + self.cfg.reconstruction_weight * reconstruction, adversarial, reconstruction])
 
 
 def load_teacher(cfg, init, about, device):
     """What makes L_recon's targets, if anything does."""
-    path = cfg.teacher or (path if (path := Path(cfg.out) / "dit.pt").exists() else init)
-    teacher, its = load_dit(path, device=device) if cfg.targets else (None, about)
+    if not cfg.targets:
+        return None
+    if cfg.targets % cfg.num_steps:
+        raise Abort(f"--targets {cfg.targets} must be a multiple of --num_steps {cfg.num_steps}, as times take turns")
+    path = cfg.teacher or (path if (path := Path(about.out) / "dit.pt").exists() else init)
+    teacher, its = load_dit(path, device=device)
     if (its.vae, its.text_encoder, its.text_dim) != (about.vae, about.text_encoder, about.text_dim):
         raise Abort(f"{path} has another VAE or text encoder than {init}: name another --teacher or make {init} again")
+    print0(f"{path} makes the targets, in {cfg.target_steps} steps of guidance {cfg.guidance_scale:g}")
     return teacher
 
 
 @torch.no_grad()
 def teach(cfg, teacher, cache, device, i):
-    """Lesson i: x_t at one t of T, x0, the clean clips that guided steps of the teacher make of x_t, t, and captions.
+    """Lesson i: a time t of T, x_t, x0, the clean clips that guided steps of the teacher make of x_t, and captions.
 
-    Its random numbers are its own, so that a resumed run, which makes it later, makes the same.
+    Ours: the clips share t, and T's take turns. The random numbers are its own, so that a resumed run, which makes it
+    later, makes the same.
     """
     t, times = euler_times(cfg.num_steps, cfg.shift)[i % cfg.num_steps], euler_times(cfg.target_steps, cfg.shift)
-    with torch.random.fork_rng():
-        torch.manual_seed(i)
+    with torch.random.fork_rng([device] if "cuda" in str(device) else []):
+        torch.manual_seed(cfg.targets * cfg.seed + i)
         x0, *text = draw_batch(cache, cfg.batch_size, (cfg.seed, i), device)
         noise = partial(draw_noise, cfg.batch_size, x0.shape[1:], device)
         x_t, renew = add_noise(x0, noise(), x0.new_tensor(t)), noise if cfg.stochastic else None
-        return x_t, x0, sample(teacher, x_t, *text, [t * s for s in times], cfg.guidance_scale, renew), t, text
+        target = sample(teacher, x_t, *text, [t * s for s in times], cfg.guidance_scale, renew)
+    return t, *(y.cpu() for y in (x_t, x0, target, *text))
 
 
 def training_batch(cfg, lesson, cache, device, step):
     """This process's share of a step's x_t, t, t', x0, noise, target of L_recon, and captions."""
     if cfg.targets:
-        x_t, x0, target, t, text = lesson(step % cfg.targets)
+        all_t, *batch = lesson(step % cfg.targets)
+        x_t, x0, target, *text = (y.to(device) for y in batch)
     else:
-        x_t, t, (x0, *text) = None, None, draw_batch(cache, cfg.batch_size, (cfg.seed, step), device)
+        all_t, (x0, *text) = None, draw_batch(cache, cfg.batch_size, (cfg.seed, step), device)
     noise = partial(draw_noise, cfg.batch_size, x0.shape[1:], device)
-    moments, t_next = map(share, draw_times(cfg.batch_size, euler_times(cfg.num_steps, cfg.shift), t, device))
+    t, t_next = map(share, draw_times(cfg.batch_size, euler_times(cfg.num_steps, cfg.shift), all_t, device))
     if not cfg.targets:
-        x_t, target = add_noise(x0, noise(), moments), x0
-    return x_t, moments, t_next, x0, noise(), target, *text
+        x_t, target = add_noise(x0, noise(), t), x0
+    return x_t, t, t_next, x0, noise(), target, *text
 
 
 def warm_start(cfg, generator, lesson, cache, device, path):
-    """Ours: the generator after it learned L_recon alone, at a higher rate. The adversary then has little left to do,
-    which alone, on the toy, it does not do."""
+    """Ours: the generator after it learned L_recon alone, at higher rates: on the toy the adversary alone does not get
+    there."""
     cfg, log, began = replace(cfg, steps=cfg.warm_steps), [], time.time()
     model, ema = copy.deepcopy(generator).requires_grad_(), copy.deepcopy(generator)
-    optimizers = make_optimizers(model, cfg.warm_lr, 10 * cfg.warm_lr)
+    optimizers = make_optimizers(model, cfg.warm_lr, cfg.warm_muon_lr)
     prepare(model.blocks, cfg)
     for step in progress(0, cfg.steps):
         batch = training_batch(cfg, lesson, cache, device, step)
-        log.append(update(Adversaries(cfg, model).reconstruction_loss, batch, optimizers, step, cfg, path).item())
+        log.append(update(Adversaries(cfg, model).generator_loss, batch, optimizers, step, cfg, path).item())
         average(ema, model, cfg.ema, step)
         if (step + 1) % cfg.log_every == 0:
             print0(f"warm start {step + 1}/{cfg.steps}  reconstruction {np.mean(log[-cfg.log_every:]):.3f}  "
@@ -268,7 +276,8 @@ def train(cfg, path, generator, warm, lesson, about, cache, device):
     Returns the averaged generator and what it is and makes.
     """
     torch.manual_seed(cfg.seed)
-    how = dict(num_steps=cfg.num_steps, guidance_scale=1., shift=cfg.shift, stochastic=cfg.stochastic)
+    how = dict(num_steps=cfg.num_steps, guidance_scale=1., shift=cfg.shift, stochastic=cfg.stochastic,
+               distilled=fingerprint(generator, ""))
     student = SimpleNamespace(**vars(about) | how)
     model, ema = copy.deepcopy(warm).requires_grad_(), copy.deepcopy(warm)
     heads = (discriminator := Discriminator(generator, cfg.trunk, cfg.head).to(device)).heads
@@ -313,9 +322,13 @@ def evaluate(table, name, models, vae, about, count, *recipe):
 
 
 def ablation(cfg, path, generator, lesson, vae, about, *rest):
-    """Table 5, and each part of the method alone, at equal steps; into out/ablation.txt. Returns the last's figures."""
+    """Table 5, and each part of the method alone, in as many steps; into out/ablation.txt. Returns the last's figures.
+
+    The warm start and its lessons are those of one seed; the spread is of what follows.
+    """
     few, table = lambda n: (euler_times(n, cfg.shift), 1., cfg.stochastic), [HEADER]
-    parts = {"Eq. 7-9 as printed": dict(targets=0), "warm start, reconstruction only": dict(adversarial_weight=0.),
+    parts = {"Eq. 7-9, x0 for target, no warm start": dict(targets=0),
+             "warm start, reconstruction only": dict(adversarial_weight=0.),
              "warm start, adversarial only": dict(reconstruction_weight=0.),
              "warm start, lightweight ResBlock 3D [45]": dict(head="resblock3d"),
              "warm start, ResBlock-2D + attention [49]": dict(head="resblock2d"), "warm start, DiT block + MLP": {}}
@@ -329,11 +342,11 @@ def ablation(cfg, path, generator, lesson, vae, about, *rest):
     for name, changes in parts.items():
         models = [train(replace(cfg, seed=seed, resume=False, **changes), path, generator,
                         generator if "targets" in changes else warm, lesson, about, *rest)[0]
-                  for seed in range(cfg.seeds)]
+                  for seed in range(cfg.seed, cfg.seed + cfg.seeds)]
         figures = evaluate(table, name, models, vae, about, cfg.score_clips, *few(cfg.num_steps))
-    for n in 1, 2, 4, 8:
+    for n in 1, 2, 8:
         evaluate(table, f"the same, {n} steps", models, vae, about, cfg.score_clips, *few(n))
-    path.with_suffix(".txt").write_text("\n".join(table) + "\n")
+    once(path.with_suffix(".txt").write_text)("\n".join(table) + "\n")
     return figures
 
 
@@ -351,17 +364,16 @@ def speed(generator, ema, vae, about, student):
 
 
 def describe(cfg, n):
-    """What vae.dry_run counts, for n clips at a time, of distilling what dit.py's preset describes, but for targets."""
+    """What vae.dry_run counts, for n clips at a time, of distilling what dit.py's preset describes; no warm start."""
     about = dit.Config(**dit.PRESETS[cfg.preset])
     shape = VAE(VAEConfig()).latent_shape(about.frames, *about.size)[1:]
-    model, teacher, ema = (DiT(about) for _ in "123")
-    discriminator = Discriminator(teacher.requires_grad_(False), cfg.trunk, cfg.head)
-    prepare([*model.blocks, *teacher.blocks, *discriminator.heads], cfg)
+    model, generator, ema = (DiT(about) for _ in "123")
+    discriminator = Discriminator(generator.requires_grad_(False), cfg.trunk, cfg.head)
+    prepare([*model.blocks, *generator.blocks, *discriminator.heads], cfg)
     losses, (x, t, *text) = Adversaries(cfg, model, discriminator), step_inputs(about, shape, n)
-    phases = [(steps, loss, (x, t, t, x, x, x, *text)) for steps, loss in (
-        (cfg.warm_steps, losses.reconstruction_loss), (cfg.steps, losses.discriminator_loss),
-        (cfg.steps, losses.generator_loss)) if steps]
-    return ([model, discriminator.heads], [teacher, ema], phases,
+    batch = x, t, t, x, x, x, *text
+    phases = [(cfg.steps, loss, batch) for loss in (losses.discriminator_loss, losses.generator_loss)]
+    return ([model, discriminator.heads], [generator, ema], phases,
             lambda: model(*step_inputs(about, shape, 1)))
 
 
@@ -372,29 +384,33 @@ def main(cfg):
     began, out, device = time.time(), Path(cfg.out), setup(cfg)
     init = cfg.init or out / ("pruned.pt" if (out / "pruned.pt").exists() else "dit.pt")
     generator, about = load_dit(init, device=device, data=cfg.data)
-    vae = load_vae(about.out, device, about.vae)
+    vae, path = load_vae(about.out, device, about.vae), out / "distilled.pt"
     print0(f"distill: {init}, {sum(p.numel() for p in generator.parameters()):,} parameters, {about.num_steps} steps "
            f"of guidance {about.guidance_scale:g} -> {cfg.num_steps} without; {WORLD} x {device.type}")
-    cache = encode_clips(about, vae, text_encoder(about), device)
-    lesson = lru_cache(None)(partial(teach, cfg, load_teacher(cfg, init, about, device), cache, device))
     Discriminator(generator, cfg.trunk, cfg.head)  # raises where these do not fit
-    if cfg.ablation and about.data != "synthetic":
-        raise Abort("--ablation reads the synthetic clips' attributes; this generator was trained on a folder")
+    teacher, again = load_teacher(cfg, init, about, device), cfg.resume and path.exists()
+    if cfg.ablation and (about.data != "synthetic" or cfg.resume or min(cfg.seeds, cfg.score_clips) < 1):
+        raise Abort("--ablation takes a generator of synthetic clips, --seeds and --score_clips of at least 1, and no "
+                    "--resume")
+    if again and load(path, finished=False)["generator"].get("distilled") != fingerprint(generator, ""):
+        raise Abort(f"{path} was not distilled from {init} as that is now: start again without --resume")
+    cache = encode_clips(about, vae, text_encoder(about), device)
+    lesson = lru_cache(None)(partial(teach, cfg, teacher, cache, device))
     if cfg.ablation:
         figures = ablation(cfg, out / "ablation.pt", generator, lesson, vae, about, cache, device)
         return summary("DISTILL", figures, began)
-    path, warm = out / "distilled.pt", generator
-    if cfg.warm_steps and not (cfg.resume and path.exists()):
-        warm = warm_start(cfg, generator, lesson, cache, device, path)
+    warm = warm_start(cfg, generator, lesson, cache, device, path) if cfg.warm_steps and not again else generator
     ema, student = train(cfg, path, generator, warm, lesson, about, cache, device)
-    figures = speed(generator, ema, vae, about, student)
-    if cfg.score_clips and about.data == "synthetic":
-        print0(HEADER)
-        for name, m, its in (("", ema, student), ("_undistilled", generator, student), ("_guided", generator, about)):
-            scores = evaluate([], name[1:] or "distilled", [m], vae, about, cfg.score_clips, *recipe(its))
-            figures |= {k + name: v for k, v in scores.items()}
-    captions = [caption for split in ("full", "open") for caption in test_captions(about, split, 3)[0]]
-    film = [make_videos(m, vae, its, captions) for m, its in ((generator, about), (ema, student))]
+    with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
+        figures = speed(generator, ema, vae, about, student)
+        if cfg.score_clips and about.data == "synthetic":
+            print0(HEADER)
+            for name, m, its in ("", ema, student), ("_undistilled", generator, student), ("_guided", generator, about):
+                scores = evaluate([], name[1:] or "distilled", [m], vae, about, cfg.score_clips, *recipe(its))
+                figures |= {k + name: v for k, v in scores.items()}
+        splits = ("full", "open") if about.data == "synthetic" else ("full",)
+        captions = [caption for split in splits for caption in test_captions(about, split, 3)[0]]
+        film = [make_videos(m, vae, its, captions) for m, its in ((generator, about), (ema, student))]
     write_png(path.with_suffix(".png"), rearrange(film, "r b c f h w -> c f (r h) (b w)"), about.fps)
     print0(f"{path.with_suffix('.png')} shows, samples in {evaluations(about)} evaluations above those in "
            f"{evaluations(student)}:", *captions, sep="\n  ")

@@ -330,9 +330,9 @@ def sample(model, noise, text_emb, text_mask, times, guidance_scale=1., renew=No
 
 
 # ------------------------------------------------------------------------------------------------ the latent cache
-def fingerprint(vae):
-    """Names the latent space of a VAE: latents of one space mean nothing to a model of another."""
-    values = (v for name, v in vae.state_dict().items() if name.startswith(("encoder", "mean", "std")))
+def fingerprint(model, parts=("encoder", "mean", "std")):
+    """Names a model's weights; of a VAE the latent space: latents of one space mean nothing to a model of another."""
+    values = (v for name, v in model.state_dict().items() if name.startswith(parts))
     return hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in values)).hexdigest()[:16]
 
 

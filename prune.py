@@ -235,7 +235,7 @@ def finetune(cfg, model, teacher, draw, device, path, about=None):
 @torch.no_grad()
 def measure(cfg, model, vae, about, draw):
     """Parameters, flow-matching loss (eight batches, the same ones at every call) and scores for unseen captions."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([vae.mean.device] if vae.mean.is_cuda else []):
         torch.manual_seed(0)
         losses = [flow_matching_loss(model, *draw((i, 2))).item() for i in range(8)]
     figures = dict(parameters=count_parameters(about), loss=np.mean(losses).item())

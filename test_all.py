@@ -1156,7 +1156,7 @@ def test_tables_of_fig_3_and_table_4(folder):
 
 # ------------------------------------------------------------------------------------------------ distill.py
 TINY_DISTILL = distill.Config(steps=6, batch_size=4, trunk=1, num_steps=2, score_clips=2, save_every=2, log_every=2,
-                              targets=3, target_steps=2, warm_steps=4)
+                              targets=4, target_steps=2, warm_steps=4)
 
 
 def tiny_adversary(head="dit", trunk=1):
@@ -1215,19 +1215,42 @@ def test_lessons_lead_where_the_teacher_goes():
     teacher, state = dit.DiT(TINY_DIT), torch.get_rng_state()
     lesson = partial(distill.teach, cfg, teacher, cache, "cpu")
     for i, t in enumerate((1, .9, .75, .5)):                             # T, in turn
-        x_t, x0, target, at, told = lesson(i)
-        assert abs(at - t) < 1e-6 and same([x_t, target], [lesson(i)[0], lesson(i)[2]])
+        at, x_t, x0, target, *told = lesson(i)
+        assert abs(at - t) < 1e-6 and same([x_t, target], [lesson(i)[1], lesson(i)[3]])
         assert same(torch.get_rng_state(), state)                        # so that who makes it later draws the same
-        # One unguided step is the teacher's own guess, which the teacher has nothing to learn from.
         moments = torch.full((2,), at)
-        close(target, distill.jump(x_t, teacher(x_t, moments, *told), moments, 0 * moments))
+        told_v, untold_v = (teacher(x_t, moments, *y) for y in (told, [0 * y for y in told]))
+        close(target, distill.jump(x_t, told_v, moments, 0 * moments))   # one unguided step: the teacher's own guess
         batch = distill.training_batch(cfg, lesson, cache, "cpu", i)
-        assert distill.Adversaries(cfg, teacher).reconstruction_loss(*batch) < 1e-6
+        assert distill.Adversaries(cfg, teacher).generator_loss(*batch) < 1e-6   # of which it has nothing to learn
         torch.set_rng_state(state)
-        two = distill.teach(replace(cfg, target_steps=2), teacher, cache, "cpu", i)[2]
-        half = 3 * .5 / (1 + 2 * .5)                                     # T's shift, between x_t and the clip
-        between = dit.sample(teacher, x_t, *told, [at, at * half])
-        close(two, dit.sample(teacher, between, *told, [at * half, 0]))
+        other = lambda **changes: distill.teach(replace(cfg, **changes), teacher, cache, "cpu", i)[3]
+        close(other(guidance_scale=2.), distill.jump(x_t, 2 * told_v - untold_v, moments, 0 * moments))
+        between = dit.sample(teacher, x_t, *told, [at, at * .75])        # T's shift makes .75 of half the way
+        close(other(target_steps=2), dit.sample(teacher, between, *told, [at * .75, 0]))
+        assert (other(target_steps=2, stochastic=True) - other(target_steps=2)).abs().max() > 1e-3
+        assert not same(other(seed=1), target)
+
+
+def test_losses_of_a_step_are_eq_8_and_9():
+    generator, discriminator, x, t, text = tiny_adversary()
+    model, cfg = dit.DiT(TINY_DIT), replace(TINY_DISTILL, batch_size=2, adversarial_weight=3., reconstruction_weight=.5)
+    t_next, (x0, noise, target) = t / 2, torch.randn(3, *x.shape)
+    losses, batch = distill.Adversaries(cfg, model, discriminator), (x, t, t_next, x0, noise, target, *text)
+    velocity, (s, s_next) = model(x, t, *text), (y.view(-1, 1, 1, 1, 1) for y in (t, t_next))
+    fake, guess, real = x + (s_next - s) * velocity, x - s * velocity, (1 - s_next) * x0 + s_next * noise
+    d_real, d_fake = discriminator(real, t_next, *text), discriminator(fake, t_next, *text)
+    close(losses.discriminator_loss(*batch)[:3],
+          torch.stack([(1 + d_real).relu().mean() + (1 - d_fake).relu().mean(), d_real.mean(), d_fake.mean()]))
+    reconstruction = ((guess - target).flatten(1).norm(dim=1).square() + cfg.huber ** 2).sqrt().mean() - cfg.huber
+    slope, = torch.autograd.grad(d_fake.mean(), fake, retain_graph=True)
+    slope = 3 / 2 * F.normalize(slope.flatten(1)).view_as(slope)         # three times L_recon's at each of two clips
+    expected = torch.autograd.grad([fake, .5 * reconstruction], list(model.parameters()), [slope, torch.tensor(1.)])
+    (parts := losses.generator_loss(*batch))[0].backward()
+    close(parts, torch.stack([d_fake.mean() + .5 * reconstruction, d_fake.mean(), reconstruction]))
+    for p, grad in zip(model.parameters(), expected):
+        close(p.grad, grad, 1e-4)
+    assert all(p.grad is None for p in discriminator.parameters())
 
 
 def test_generator_learns_to_pass_and_what_is_frozen_stays():
@@ -1282,6 +1305,8 @@ def test_distill_resumes_to_the_same_bits(folder):
         distill.main(replace(parts, resume=True))
     once, twice = (vae.load(folder / name / "distilled.pt", "distilled") for name in ("whole", "parts"))
     assert (wrong := [k for k in once if k != "config" and not same(once[k], twice[k])]) == [], wrong
+    with patch.object(distill, "fingerprint", lambda *_: "of another generator"):
+        aborts("as that is now", distill.main, replace(parts, resume=True))
     about, teacher = dit.load_dit(folder / "whole" / "distilled.pt")[1], vae.load(trained() / "dit.pt")["ema"]
     assert not same(once["ema"], teacher) and not same(once["ema"], once["model"]) and dit.recipe(about)[1] == 1
     assert read_png(folder / "whole" / "distilled.png")[0].shape == (9, 2 * 32, 6 * 32, 3)
@@ -1295,7 +1320,8 @@ def test_distill_says_what_is_wrong(folder):
                          ("--head conv", f"--head conv --init {trained()}/dit.pt"),
                          ("2 blocks", f"--trunk 3 --init {trained()}/dit.pt"),
                          ("no generator", f"--init {trained()}/vae.pt"),
-                         ("another VAE", f"--init {trained()}/dit.pt --teacher {folder}/other.pt")):
+                         ("another VAE", f"--trunk 1 --init {trained()}/dit.pt --teacher {folder}/other.pt"),
+                         ("multiple of", f"--trunk 1 --init {trained()}/dit.pt --targets 2")):
         status, _, error = command(distill, "--out", str(folder), *flags.split())
         assert status == 2 and words in error and error.count("\n") == 1, error
     for part in "discriminator_loss", "reconstruction_loss":
@@ -1309,10 +1335,31 @@ def test_distill_says_what_is_wrong(folder):
         assert kept["step"] == 4 and all(v.isfinite().all() for v in kept["ema"].values()), part
 
 
-def test_ablation_has_every_row(folder):
+def test_warm_start_goes_where_the_lessons_lead(folder):
+    cfg = replace(TINY_DISTILL, init=f"{trained()}/dit.pt", teacher=f"{folder}/dit.pt", out=str(folder), steps=0,
+                  warm_steps=12, score_clips=0, ema=0.)
+    other, about = dit.load_dit(cfg.init)
+    torch.nn.init.zeros_(other.proj_out.weight)
+    dit.save_dit(folder / "dit.pt", 0, replace(TINY_DIT, steps=0), about, other, other, [])
+    distill.main(cfg)
+    cache = dit.encode_clips(about, dit.load_vae(about.out), dit.text_encoder(about), "cpu")
+    lesson = partial(distill.teach, cfg, other, cache, "cpu")
+    before, after = ([distill.Adversaries(cfg, model).generator_loss(
+        *distill.training_batch(cfg, lesson, cache, "cpu", i)).item() for i in range(4)]
+        for model in (dit.load_dit(cfg.init)[0], dit.load_dit(folder / "distilled.pt")[0]))
+    assert np.mean(after) < .95 * np.mean(before), (before, after)
+
+
+def test_distill_ablation_has_every_row(folder):
     cfg = replace(TINY_DISTILL, init=f"{trained()}/dit.pt", out=str(folder), ablation=True, seeds=2, steps=2)
-    figures, table = distill.main(cfg), (folder / "ablation.txt").read_text().splitlines()
-    assert len(table) == 1 + 4 + 6 + 4 and f"{figures['full_quality']:.3f}" in table[10]
+    with patch.object(distill, "train", Mock(wraps=distill.train)) as trained_with:
+        figures, table = distill.main(cfg), (folder / "ablation.txt").read_text().splitlines()
+    assert len(table) == 1 + 4 + 6 + 3 and f"{figures['full_quality']:.3f}" in table[10]
+    rows = [(c.targets, c.adversarial_weight, c.reconstruction_weight, c.head, c.seed, warm is generator)
+            for (c, _, generator, warm, *_), _ in trained_with.call_args_list]
+    assert rows == [(*row, seed, row[0] == 0) for row in ((0, 1, 1, "dit"), (4, 0, 1, "dit"), (4, 1, 0, "dit"),
+                    (4, 1, 1, "resblock3d"), (4, 1, 1, "resblock2d"), (4, 1, 1, "dit")) for seed in (0, 1)]
+    aborts("no --resume", distill.main, replace(cfg, resume=True))
 
 
 # ------------------------------------------------------------------------------------------------ training at scale

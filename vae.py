@@ -263,7 +263,7 @@ def update(loss, batch, optimizers, step, cfg, path):
     for name, value in ("loss", means[0]), ("its gradient's length", length):
         if not value.isfinite():
             raise Abort(f"{name} is {value.item()} at step {step + 1}, which is not taken; {path} is as last saved: "
-                        "start again with a lower --lr (and --muon_lr)")
+                        "start again with lower learning rates")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("peak", group["lr"]) * learning_rate(step, cfg.steps)
