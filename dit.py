@@ -542,9 +542,10 @@ def score_samples(model, vae, about, split, count, *how):
 
 
 @once
-def contact_sheet(path, model, vae, about):
+def contact_sheet(path, model, vae, about, bf16=False):
     """Write a film of samples for the first eight of the full test set's captions."""
-    video = make_videos(model, vae, about, test_captions(about, "full", 8)[0])
+    with torch.autocast(model.table.device.type, torch.bfloat16, enabled=bf16):
+        video = make_videos(model, vae, about, test_captions(about, "full", 8)[0])
     write_png(path, rearrange(video, "(r k) c f h w -> c f (r h) (k w)", r=2), about.fps)
 
 
@@ -611,7 +612,7 @@ def main(cfg):
             print0(f"step {step + 1}/{cfg.steps}  loss {np.mean(losses):.4f}  {(time.time() - began) / 60:.1f} min")
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             save_dit(path, step + 1, cfg, about, model, ema, optimizers)
-            contact_sheet(path.with_suffix(".png"), ema, vae, about)
+            contact_sheet(path.with_suffix(".png"), ema, vae, about, cfg.bf16)
     # noise and normalised latents have variance 1; a resumed run that was finished has no losses
     figures = dict(loss=float(np.mean(losses)), loss_of_zero=2.) if losses else {}
     if cfg.score_clips and cfg.data == "synthetic":

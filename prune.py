@@ -235,7 +235,9 @@ def finetune(cfg, model, teacher, draw, device, path, about=None):
 @torch.no_grad()
 def measure(cfg, model, vae, about, draw):
     """Parameters, flow-matching loss (eight batches, the same ones at every call) and scores for unseen captions."""
-    with torch.random.fork_rng([vae.mean.device] if vae.mean.is_cuda else []):
+    device = vae.mean.device
+    with torch.random.fork_rng([device] if vae.mean.is_cuda else []), \
+            torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
         torch.manual_seed(0)
         losses = [flow_matching_loss(model, *draw((i, 2))).item() for i in range(8)]
     figures = dict(parameters=count_parameters(about), loss=np.mean(losses).item())
@@ -388,7 +390,7 @@ def main(cfg):
         (whole, part), tokens = step_costs([teacher, ema], about, shape), math.prod(shape)
         figures |= {f"speedup_{tokens}_tokens": whole["step_ms"] / part["step_ms"],
                     f"flops_ratio_{tokens}_tokens": whole["gflops"] / part["gflops"]}
-    contact_sheet(path.with_suffix(".png"), ema, vae, small)
+    contact_sheet(path.with_suffix(".png"), ema, vae, small, cfg.bf16)
     print0(f"{path.with_suffix('.png')} shows:", *test_captions(about, "full", 8)[0], sep="\n  ")
     return summary("PRUNE", figures, began, "python distill.py")
 
