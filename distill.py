@@ -25,8 +25,8 @@ from dit import (Attention, Block, DiT, LaterStage, add_noise, average, draw_bat
                  evaluations, fingerprint, load_dit, load_vae, make_videos, recipe, rms_norm, sample, save_dit,
                  score_samples, step_inputs, test_captions, text_encoder)
 from vae import (PAPER, VAE, WORLD, Abort, Training, VAEConfig, draw_noise, dry_run, flag, launch, load,
-                 make_optimizers, median_ms, once, prepare, print0, progress, resume, setup, share, summary, update,
-                 write_png)
+                 make_optimizers, median_ms, once, prepare, print0, progress, resume, seeded, setup, share, summary,
+                 update, write_png)
 
 
 @dataclass
@@ -230,8 +230,7 @@ def teach(cfg, teacher, cache, device, i):
     later, makes the same.
     """
     t, times = euler_times(cfg.num_steps, cfg.shift)[i % cfg.num_steps], euler_times(cfg.target_steps, cfg.shift)
-    with torch.random.fork_rng([device] if "cuda" in str(device) else []):
-        torch.manual_seed(cfg.targets * cfg.seed + i)
+    with seeded(cfg.targets * cfg.seed + i, device):
         x0, *text = draw_batch(cache, cfg.batch_size, (cfg.seed, i), device)
         noise = partial(draw_noise, cfg.batch_size, x0.shape[1:], device)
         x_t, renew = add_noise(x0, noise(), x0.new_tensor(t)), noise if cfg.stochastic else None
@@ -258,11 +257,11 @@ def warm_start(cfg, generator, lesson, cache, device, path):
     there."""
     cfg, log, began = replace(cfg, steps=cfg.warm_steps), [], time.time()
     model, ema = copy.deepcopy(generator).requires_grad_(), copy.deepcopy(generator)
-    optimizers = make_optimizers(model, cfg.warm_lr, cfg.warm_muon_lr)
+    optimizers, loss = make_optimizers(model, cfg.warm_lr, cfg.warm_muon_lr), Adversaries(cfg, model).generator_loss
     prepare(model.blocks, cfg)
     for step in progress(0, cfg.steps):
         batch = training_batch(cfg, lesson, cache, device, step)
-        log.append(update(Adversaries(cfg, model).generator_loss, batch, optimizers, step, cfg, path).item())
+        log.append(update(loss, batch, optimizers, step, cfg, path).item())
         average(ema, model, cfg.ema, step)
         if (step + 1) % cfg.log_every == 0:
             print0(f"warm start {step + 1}/{cfg.steps}  reconstruction {np.mean(log[-cfg.log_every:]):.3f}  "
@@ -277,7 +276,7 @@ def train(cfg, path, generator, warm, lesson, about, cache, device):
     """
     torch.manual_seed(cfg.seed)
     how = dict(num_steps=cfg.num_steps, guidance_scale=1., shift=cfg.shift, stochastic=cfg.stochastic,
-               distilled=fingerprint(generator, ""))
+               distilled=fingerprint(generator, ""))  # by which --resume knows what it went on from
     student = SimpleNamespace(**vars(about) | how)
     model, ema = copy.deepcopy(warm).requires_grad_(), copy.deepcopy(warm)
     heads = (discriminator := Discriminator(generator, cfg.trunk, cfg.head).to(device)).heads

@@ -542,7 +542,7 @@ def score_samples(model, vae, about, split, count, *how):
 
 
 @once
-def contact_sheet(path, model, vae, about, bf16=False):
+def contact_sheet(path, model, vae, about, bf16):
     """Write a film of samples for the first eight of the full test set's captions."""
     with torch.autocast(model.table.device.type, torch.bfloat16, enabled=bf16):
         video = make_videos(model, vae, about, test_captions(about, "full", 8)[0])

@@ -26,7 +26,7 @@ import dit
 from dit import (LaterStage, add_noise, average, build, contact_sheet, encode_clips, flow_matching_loss, load_dit,
                  load_vae, save_dit, score_samples, step_inputs, test_captions, text_encoder, training_batch)
 from vae import (PAPER, Abort, Meter, Training, dry_run, flag, launch, load, make_optimizers, median_ms, prepare,
-                 print0, progress, resume, setup, share, summary, update)
+                 print0, progress, resume, seeded, setup, share, summary, update)
 
 # ------------------------------------------------------------------------------------------------ candidates
 SIZES = "depth", "num_heads", "ffn_dim"             # of a DiT, one for each level of granularity
@@ -236,9 +236,7 @@ def finetune(cfg, model, teacher, draw, device, path, about=None):
 def measure(cfg, model, vae, about, draw):
     """Parameters, flow-matching loss (eight batches, the same ones at every call) and scores for unseen captions."""
     device = vae.mean.device
-    with torch.random.fork_rng([device] if vae.mean.is_cuda else []), \
-            torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
-        torch.manual_seed(0)
+    with seeded(0, device), torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
         losses = [flow_matching_loss(model, *draw((i, 2))).item() for i in range(8)]
     figures = dict(parameters=count_parameters(about), loss=np.mean(losses).item())
     if cfg.score_clips and about.data == "synthetic":

@@ -176,6 +176,14 @@ def draw_noise(count, shape, device):
     return torch.stack([clip for i, clip in enumerate(clips) if i in share(range(count))])
 
 
+@contextmanager
+def seeded(seed, device):
+    """Random numbers of their own; those drawn later are as if none had been drawn here."""
+    with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
 def progress(start, total):
     """Steps start .. total - 1: a bar on a terminal, elsewhere silent; the caller prints its lines with print0."""
     return tqdm(range(start, total), initial=start, total=total, file=sys.stdout, disable=RANK > 0 or None, leave=False)
