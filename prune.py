@@ -182,23 +182,23 @@ def search(cfg, teacher, candidates, draw, device):
 class Student(nn.Module):
     """A DiT and, for KD, an affine map from the features in which each of `count` groups of its blocks ends."""
 
-    def __init__(self, model, count, teacher_width, alpha):
+    def __init__(self, model, count, teacher_width, alpha, output_kd):
         super().__init__()
-        self.model, self.alpha = model, alpha
+        self.model, self.alpha, self.output_kd = model, alpha, output_kd
         self.affine = nn.ModuleList(nn.Linear(model.cfg.width, teacher_width) for _ in range(count))
         for affine in self.affine:
             nn.init.eye_(affine.weight), nn.init.zeros_(affine.bias)  # Ours: a pruned DiT starts close to the teacher
 
     def forward(self, teacher, x0, noise, t, *text):
         """The loss, and its parts: flow matching and, for the same x_t, t and text, KD, which is 0 without groups."""
-        count, y_s, y_t = len(self.affine), [], []
+        count, y_s, y_t, velocity = len(self.affine), [], [], None
         ends = lambda model, y: [(model.blocks[(i + 1) * len(model.blocks) // count - 1], lambda _, out: y.append(out))
                                  for i in range(count)]
-        with hooked(ends(self.model, y_s)):
-            loss = flow_matching_loss(self.model, x0, noise, t, *text)
         if count:
             with hooked(ends(teacher, y_t)), torch.no_grad():
-                teacher(add_noise(x0, noise, t), t, *text)
+                velocity = teacher(add_noise(x0, noise, t), t, *text)
+        with hooked(ends(self.model, y_s)):
+            loss = flow_matching_loss(self.model, x0, noise, t, *text, velocity if self.output_kd else None)
         # Ours: sim is the negative cosine, as in REPA [56]; the paper leaves it open.
         sims = [-F.cosine_similarity(a, f(b), dim=-1).mean() for a, b, f in zip(y_t, y_s, self.affine)]
         distill = sum(sims, loss.new_zeros(())) / max(count, 1)  # Eq. (5)
@@ -206,7 +206,8 @@ class Student(nn.Module):
 
 
 def make_student(cfg, model, teacher):
-    return Student(model, teacher.cfg.depth // cfg.groups[0] * (cfg.alpha > 0), teacher.cfg.width, cfg.alpha)
+    count = teacher.cfg.depth // cfg.groups[0] * (cfg.alpha > 0)
+    return Student(model, count, teacher.cfg.width, cfg.alpha, cfg.output_kd)
 
 
 def finetune(cfg, model, teacher, draw, device, path, about=None):
@@ -285,10 +286,12 @@ def ablation(cfg, teacher, vae, about, kept, draw, device, trained):
     scratch = {"shallow": closest(dict(depth=n) for n in range(1, about.depth)), "narrow": closest(
         dict(head_dim=n, width=n * about.num_heads, ffn_dim=about.ffn_dim * n // about.head_dim)
         for n in range(2, about.head_dim, 2))}
-    methods, rows, figures = ("tri-level", "no KD", "random", "magnitude", *scratch), [], {}
+    cuts = {"tri-level": dict(output_kd=False), "output KD": dict(output_kd=True), "no KD": dict(alpha=0.),
+            "random": dict(alpha=0.), "magnitude": dict(alpha=0.)}
+    methods, rows, figures = cuts | dict.fromkeys(scratch, dict(alpha=0.)), [], {}
     for seed, method in itertools.product(range(cfg.seed, cfg.seed + cfg.seeds), methods):
         torch.manual_seed(seed)
-        began, own = time.process_time(), replace(cfg, seed=seed, alpha=cfg.alpha * (method == "tri-level"))
+        began, own = time.process_time(), replace(cfg, seed=seed, **methods[method])
         if method in scratch:
             own = replace(own, steps=trained["steps"] + cfg.search_steps + cfg.steps,  # what the teacher got, too
                           lr=trained["lr"], muon_lr=trained["muon_lr"])
@@ -322,6 +325,7 @@ class Config(LaterStage, Training):
     steps: int = flag(3000, "fine-tuning steps")
     lr: float = flag(2e-3)
     alpha: float = flag(.01, "weight of KD (Sec. 4.2.2); 0: without")
+    output_kd: bool = flag(True, "Ours: KD also makes the teacher's velocity the target of Eq. (2), not noise - x0")
     ema: float = flag(.98, "rate of the weights' moving average, which is what later stages use")
     score_clips: int = flag(48, "unseen captions whose samples are scored; 0 for none")
     save_every: int = flag(250)
@@ -332,7 +336,7 @@ class Config(LaterStage, Training):
 
 PRESETS = {"toy": {}, "paper": PAPER | dict(  # Sec. 4.2.1. Ours: batch, and steps, of which the paper has dit.py's too
     budget=1e9, groups=(7, 8, 4), search_steps=2000, search_lr=.01, steps=50_000, batch_size=1024, lr=5e-5,
-    ema=.9999)}
+    ema=.9999, output_kd=False)}
 
 
 def describe(cfg, about, kept, n):

@@ -1086,7 +1086,8 @@ def test_search_finds_the_best_and_leaves_no_trace():
 def test_kd_is_eq_5():
     (teacher, about), (x0, t, text, mask), noise = tiny_generator(), tiny_inputs(), torch.randn(2, 8, 2, 3, 2)
     model, _ = prune.cut(teacher, about, random_masks(prune.Candidates(about, (2, 4, 4), (1, 2, 3))))
-    student, x_t = prune.Student(model, 2, 32, .1), torch.stack([(1 - s) * a + s * n for s, a, n in zip(t, x0, noise)])
+    student = prune.Student(model, 2, 32, .1, False)
+    x_t = torch.stack([(1 - s) * a + s * n for s, a, n in zip(t, x0, noise)])
     assert torch.equal(student.affine[0](x0.flatten(1)[:, :32]), x0.flatten(1)[:, :32])          # its start
     cosines = []
     for affine, *ends in zip(student.affine, (1, 3), (0, 1)):
@@ -1106,6 +1107,8 @@ def test_kd_is_eq_5():
     distill.backward()
     assert all(p.grad is None for p in teacher.parameters()) and not model.proj_out.weight.grad.any()
     assert all(p.grad.abs().max() > 0 for p in (*student.affine.parameters(), model.proj_in.weight))
+    _, flow, _ = prune.Student(model, 2, 32, .1, True)(teacher, x0, noise, t, text, mask)            # output KD
+    close(flow, (model(x_t, t, text, mask) - teacher(x_t, t, text, mask)).square().mean())
 
 
 def test_prune_resumes_to_the_same_bits_and_says_what_is_wrong(folder):
@@ -1148,8 +1151,8 @@ def test_tables_of_fig_3_and_table_4(folder):
         assert all(rows[few][k] < rows[many][k] for k in ("parameters", "gflops", "peak_mb")), (few, many, rows)
     figures = prune.main(replace(cfg, ablation=True, seeds=2))
     rows = json.loads((folder / "ablation.json").read_text())
-    assert len(rows) == 12 and {r["steps"] for r in rows if r["method"] in ("narrow", "shallow")} == {4 + 4 + 2}
-    for method in ("tri-level", "no KD", "random", "magnitude", "shallow", "narrow"):
+    assert len(rows) == 14 and {r["steps"] for r in rows if r["method"] in ("narrow", "shallow")} == {4 + 4 + 2}
+    for method in ("tri-level", "output KD", "no KD", "random", "magnitude", "shallow", "narrow"):
         first, second = (r["loss"] for r in rows if r["method"] == method)
         assert abs(figures[f"{method}_loss"] - (first + second) / 2) < 1e-9 and first != second
 
