@@ -32,6 +32,7 @@ from vae import (PAPER, Abort, Meter, Training, dry_run, flag, launch, load, mak
 SIZES = "depth", "num_heads", "ffn_dim"             # of a DiT, one for each level of granularity
 PAPER_CUT = 8 / 28, 12 / 32, 1 / 4                  # share that the paper prunes of them: heads "more aggressively"
 LINEARS = {"self_attn": ("to_q", "to_k", "to_v"), "cross_attn": ("to_q", "to_k", "to_v"), "ffn": ("up",)}  # masked
+SEARCHED = LINEARS | dict.fromkeys(("self_attn", "cross_attn"), ("to_v",))  # Ours: see Search
 TEMPERATURES = 4., .1                               # of the Gumbel-softmax, first and last [7]
 PHONE = 7, 12, 16                                   # latents of the 49 x 384 x 512 video that the paper's phone makes
 
@@ -93,7 +94,7 @@ def hooked(changes):
     return stack
 
 
-def masking(model, masks):
+def masking(model, masks, linears=LINEARS):
     """Changes for `hooked` under which the DiT computes as if the units of mask 0 were not there.
 
     masks: blocks (B, depth), self_attn and cross_attn (B, depth, heads), ffn (B, depth, channels); B = 1 for all alike.
@@ -102,7 +103,7 @@ def masking(model, masks):
     for i, block in enumerate(model.blocks):
         m = masks["blocks"][:, i, None, None]                                                    # (B, 1, 1)
         changes.append((block, lambda x, y, m=m: y * m + x * (1 - m)))  # Eq. (3)
-        for level, name in ((level, name) for level, names in LINEARS.items() for name in names):
+        for level, name in ((level, name) for level, names in linears.items() for name in names):
             linear, m = getattr(getattr(block, level), name), masks[level][:, i, None]
             m = m.repeat_interleave(linear.out_features // m.shape[-1], -1)                      # (B, 1, D)
             changes.append((linear, lambda x, y, m=m: y * m))  # Eq. (4), heads before attention, channels before GELU
@@ -136,7 +137,11 @@ def gumbel(logits, count, device=None):
 
 
 class Search(nn.Module):
-    """The frozen DiT under masks drawn for each clip, and a light update (LoRA) of its linears, thrown away after."""
+    """The frozen DiT under masks drawn for each clip, and a light update (LoRA) of its linears, thrown away after.
+
+    Ours: of a head only the values are masked. Without queries and keys it would attend to all tokens alike, and the
+    straight-through gradient, which asks what it is worth to have it back, would be told of that.
+    """
 
     def __init__(self, model, candidates, rank=4):
         super().__init__()
@@ -156,7 +161,7 @@ class Search(nn.Module):
         updates = [(linear, lambda x, y, down=down, up=up: y + x @ down @ up)
                    for linear, down, up in zip(self.linears, self.down, self.up)]
         self.hooks.close()  # the last call's, which its backward pass needs where it computes the blocks again
-        self.hooks = hooked(updates + masking(self.model, self.candidates.masks_of(choice)))
+        self.hooks = hooked(updates + masking(self.model, self.candidates.masks_of(choice), SEARCHED))
         return flow_matching_loss(self.model, x0, noise, t, text_emb, text_mask)
 
 
@@ -321,7 +326,7 @@ class Config(LaterStage, Training):
     budget: float = flag(.52, "parameters of the pruned DiT, at most; up to 1: share of the generator's")
     groups: tuple = flag((3, 3, 6), "blocks, heads and FFN channels that make a group")
     search_steps: int = flag(60, "steps of the search for the units to keep")
-    search_lr: float = flag(.1, "learning rate of the candidates' logits")
+    search_lr: float = flag(.3, "learning rate of the candidates' logits")
     steps: int = flag(3000, "fine-tuning steps")
     lr: float = flag(2e-3)
     alpha: float = flag(.01, "weight of KD (Sec. 4.2.2); 0: without")

@@ -1077,10 +1077,24 @@ def test_search_finds_the_best_and_leaves_no_trace():
     assert all((p.grad != 0).all() for p in module.logits.values()) and all(p.grad is None for p in model.parameters())
     assert all(up.grad.abs().max() > 0 for up in module.up)
     distance = lambda *_: sum((mask - best[level]).square().sum(-1).mean() for level, mask in drawn.pop().items())
-    with patch.object(prune, "masking", lambda _, masks: drawn.append(masks) or []), \
+    with patch.object(prune, "masking", lambda _, masks, __: drawn.append(masks) or []), \
             patch.object(prune, "flow_matching_loss", distance):
         found = prune.search(replace(cfg, search_steps=60), model, candidates, lambda _: batch, "cpu")
     assert same(found, best)
+
+
+def test_search_knows_what_a_head_is_worth():
+    """The straight-through gradient at mask 0 is that of a line from without the head to with it."""
+    (model, about), inputs = tiny_generator(), tiny_inputs()
+    masks, seen = random_masks(prune.Candidates(about, (4, 4, 4), (4, 4, 4))), []
+    with prune.hooked([(model.blocks[0].self_attn, lambda _, y: seen.append(y))]):
+        for linears, mask in itertools.product((prune.SEARCHED, prune.LINEARS), (0, .5, 1)):
+            masks["self_attn"][0, 0, 1] = mask
+            with prune.hooked(prune.masking(model, masks, linears)):
+                model(*inputs)
+    without, half, whole, _, half_of_all, _ = seen
+    close(half, (without + whole) / 2)
+    assert (half_of_all - half).abs().max() > 1e-3 * (whole - without).abs().max()
 
 
 def test_kd_is_eq_5():
