@@ -305,7 +305,7 @@ def main(cfg):
     began, _, out, path = time.time(), setup(cfg), Path(cfg.out), find_generator(cfg.out, cfg.checkpoint)
     if cfg.bits not in BOUNDS:
         raise Abort(f"--bits {cfg.bits}: choose from {', '.join(map(str, BOUNDS))}")
-    if cfg.preset == "paper" and not path.exists():
+    if cfg.preset == "paper" and not (cfg.checkpoint or path.exists()):
         path = "random weights"
         model, vae, about = untrained("meta" if cfg.dry_run else "cpu", **MOBILE)
     else:
@@ -324,6 +324,7 @@ def main(cfg):
     metadata = {key: getattr(about, key) for key in ("guidance_scale", "text_length", "text_dim", "frames", "fps")}
     metadata |= dict(times=times, size=list(about.size), bits=cfg.bits, checkpoint=path,
                      text_encoder=about.text_encoder or "dit.WordEncoder")
+    open_clips(about, "full").video(0), text_encoder(about)  # which check needs: where it is missing, stop here already
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as folder:  # on the packages' disk, so that to move is to rename
         for name, module in modules.items():

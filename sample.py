@@ -8,7 +8,6 @@
 
 out/dit.pt (or pruned.pt, distilled.pt) and the vae.pt beside it -> out/sample.png, .npy or .mp4
 """
-import hashlib
 import json
 import math
 import os
@@ -22,8 +21,8 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from dit import (MOBILE, LaterStage, build, evaluations, find_generator, load_dit, load_vae, make_videos, recipe,
-                 step_inputs, test_captions, untrained)
+from dit import (MOBILE, LaterStage, build, evaluations, find_generator, fingerprint, load_dit, load_vae, make_videos,
+                 recipe, step_inputs, test_captions, untrained)
 from vae import (RANK, RATIOS, VAE, WORLD, Abort, Meter, barrier, flag, launch, median_ms, open_clips, print0, progress,
                  reconstruct_clips, score, setup, summary, write_png)
 
@@ -73,7 +72,7 @@ def write_video(path, video, fps):
 def score_table(cfg, model, vae, about):
     """Score the generator on both test sets, beside true clips, their reconstructions and noise."""
     if about.data != "synthetic":
-        raise Abort("--score reads the synthetic clips' attributes; this checkpoint was trained on a folder")
+        raise Abort(f"--score reads the synthetic clips' attributes, and {about.data} has none")
     figures = {}
     for split in "full", "open":
         captions, said = test_captions(about, split, cfg.score)
@@ -110,17 +109,17 @@ def write_vbench(cfg, model, vae, about, prompts):
     """
     folder, note = Path(cfg.out) / "vbench", Path(cfg.out) / "vbench.json"
     names = [f"{prompt}-{i}.mp4" for prompt, count in prompts.items() for i in range(count)]
-    made = dict(weights=hashlib.sha256(model.proj_out.weight.cpu().numpy().tobytes()).hexdigest(), frames=about.frames,
-                size=list(about.size), recipe=list(recipe(about)),
-                seeds={name: cfg.seed + i for i, name in enumerate(names)})
+    made = dict(weights=fingerprint(model, "proj_out"), frames=about.frames, size=list(about.size),
+                recipe=list(recipe(about)), seeds={name: cfg.seed + i for i, name in enumerate(names)})
+    folder.mkdir(parents=True, exist_ok=True)
     if RANK == 0 and not note.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(made, indent=1))
     barrier()
     if json.loads(note.read_text()) != made:
         raise Abort(f"{folder} was begun with another checkpoint, list, seed or recipe: remove it and {note}")
-    todo = [name for name in names if not (folder / name).exists()][RANK::WORLD]
-    for name, _ in zip(todo, progress(0, len(todo))):
+    todo = [name for name in names if not (folder / name).exists()]
+    barrier()  # all have read it
+    for name, _ in zip(own := todo[RANK::WORLD], progress(0, len(own))):
         video, = make_videos(model, vae, about, [name[:name.rindex("-")]], seed=made["seeds"][name])
         write_video(part := folder.with_name(f"vbench_part{RANK}.mp4"), video, about.fps)
         os.replace(part, folder / name)
@@ -173,34 +172,33 @@ def bench_tables(cfg, generators, device):
 
 def write_samples(cfg, model, vae, about):
     """Write what is asked for; returns figures of the summary line, and what to do next."""
-    began, prompts = time.time(), [cfg.prompt] if cfg.prompt else test_captions(about, "full", 8)[0]
-    if cfg.prompts:
-        prompts = [line for line in Path(cfg.prompts).read_text().splitlines() if line.strip()]
+    began, prompts = time.time(), [cfg.prompt]
     if cfg.vbench:
         prompts = vbench_prompts(Path(cfg.vbench))
+    elif cfg.prompts:
+        prompts = [line for line in Path(cfg.prompts).read_text().splitlines() if line.strip()]
+    elif not cfg.prompt:  # the only case that needs the data
+        prompts = test_captions(about, "full", 8)[0]
     if not prompts:
-        raise Abort(f"{cfg.prompts or cfg.vbench} has no captions: write one a line")
+        raise Abort(f"{cfg.vbench or cfg.prompts} has no captions: write one a line")
     unknown = sorted({word for prompt in prompts for word in prompt.lower().split()} - set(about.words))
     if unknown and not about.text_encoder:
         raise Abort(f"the checkpoint never saw: {' '.join(unknown)}. It knows: {' '.join(about.words)}")
     if cfg.vbench:
         return write_vbench(cfg, model, vae, about, prompts), f"vbench evaluate --videos_path {cfg.out}/vbench ..."
-    videos = make_videos(model, vae, about, prompts, seed=cfg.seed)
-    if not cfg.prompts:
-        columns = min(4, len(videos))
-        paths, videos = [f"sample.{cfg.format}"], [rearrange(videos, "(r k) c f h w -> c f (r h) (k w)", k=columns)]
-    else:
-        paths = [f"{i:04d}.{cfg.format}" for i in range(len(videos))]
-    for name, video in zip(paths, videos):
-        write_video(Path(cfg.out) / name, video, about.fps)
+    # Those of a file one by one: memory may not hold all of a long list, and what is written stays.
+    for i, some in enumerate([[prompt] for prompt in prompts] if cfg.prompts else [prompts]):
+        videos = make_videos(model, vae, about, some, seed=cfg.seed + i)
+        path = Path(cfg.out, f"{i:04d}.{cfg.format}" if cfg.prompts else f"sample.{cfg.format}")
+        write_video(path, rearrange(videos, "(r k) c f h w -> c f (r h) (k w)", k=min(4, len(videos))), about.fps)
     print0(*prompts, sep="\n")
     figures = dict(videos=len(prompts), seconds_per_video=(time.time() - began) / len(prompts))
-    return figures, f"look at {Path(cfg.out) / paths[0]}"
+    return figures, f"look at {path}"
 
 
 def open_generators(cfg, path, device):
     """Name, model, VAE, and what it is and makes, as cfg has it, of what is measured or sampled from: one at a time."""
-    if cfg.bench and cfg.preset == "paper" and not path.exists():
+    if cfg.bench and cfg.preset == "paper" and not (cfg.checkpoint or path.exists()):
         found = ((f"untrained {name}", *untrained(device, **changes))
                  for name, changes in dict(mobile=MOBILE, server={}).items())
     else:
