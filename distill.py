@@ -368,7 +368,7 @@ def describe(cfg, n):
     shape = VAE(VAEConfig()).latent_shape(about.frames, *about.size)[1:]
     model, generator, ema = (DiT(about) for _ in "123")
     discriminator = Discriminator(generator.requires_grad_(False), cfg.trunk, cfg.head)
-    prepare([*model.blocks, *generator.blocks, *discriminator.heads], cfg)
+    prepare([*model.blocks, *discriminator.heads], cfg), prepare(generator.blocks, replace(cfg, compile=False))
     losses, (x, t, *text) = Adversaries(cfg, model, discriminator), step_inputs(about, shape, n)
     batch = x, t, t, x, x, x, *text
     phases = [(cfg.steps, loss, batch) for loss in (losses.discriminator_loss, losses.generator_loss)]

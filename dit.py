@@ -307,7 +307,7 @@ def advance(x, velocity, t, t_next, noise=None):
     """
     if noise is None:
         return x + (t_next - t) * velocity
-    return (1 - t_next) * (x - t * velocity) + t_next * noise  # Eq. (1)
+    return (1 - t_next) * (x - t * velocity) + t_next * noise  # add_noise to the clean clip that the velocity leads to
 
 
 @torch.no_grad()
@@ -355,8 +355,9 @@ def encode_clips(cfg, vae, encode_text, device):
     """
     folder, clips, note = Path(cfg.out) / "latents", open_clips(cfg), Path(cfg.out) / "latents" / "about.json"
     sizes = {kind: min(len(indices), cfg.num_clips) for kind, indices in clips.kinds.items()}
-    names = "\n".join(f.name for f in clips.files).encode() if cfg.data != "synthetic" else str(cfg.seed).encode()
-    about = dict(vae=fingerprint(vae), data=cfg.data, files=hashlib.sha256(names).hexdigest()[:16], clips=sizes,
+    names = [f.name for f in clips.files] if cfg.data != "synthetic" else map(clips.caption, range(1000))
+    files = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+    about = dict(vae=fingerprint(vae), data=cfg.data, files=files, clips=sizes,
                  frames=cfg.frames, size=list(cfg.size), fps=cfg.fps,
                  text=[cfg.text_encoder, cfg.text_dim, cfg.text_length])
     there = json.loads(note.read_text()) if note.exists() else None
@@ -573,6 +574,9 @@ def describe(cfg, n):
 
 def main(cfg):
     """Train the DiT; returns the figures of its summary line."""
+    if cfg.width % cfg.head_dim or cfg.num_heads * cfg.head_dim > cfg.width:
+        raise Abort(f"--width {cfg.width} must be a multiple of --head_dim {cfg.head_dim} and at least --num_heads "
+                    f"{cfg.num_heads} times that")
     if cfg.dry_run:
         return dry_run("DIT", cfg, partial(describe, cfg))
     began, device, path = time.time(), setup(cfg), Path(cfg.out) / "dit.pt"
@@ -583,9 +587,8 @@ def main(cfg):
         model = load_ltx(cfg.init, cfg, vae.compression) if cfg.init else DiT(cfg, cfg.fps, vae.compression)
     cfg = model.cfg
     shape = vae.latent_shape(cfg.frames, *cfg.size)
-    if shape[0] != cfg.in_channels or cfg.width % cfg.head_dim or cfg.num_heads * cfg.head_dim > cfg.width:
-        raise Abort(f"--in_channels {cfg.in_channels} must be {shape[0]}, as of the latents, and --width {cfg.width} a "
-                    f"multiple of --head_dim {cfg.head_dim} and at least --num_heads {cfg.num_heads} times that")
+    if shape[0] != cfg.in_channels:
+        raise Abort(f"--in_channels {cfg.in_channels} must be {shape[0]}, as of the latents")
     print0(f"dit: depth {cfg.depth}, width {cfg.width}, {cfg.num_heads} heads of {cfg.head_dim}, FFN {cfg.ffn_dim}: "
            f"{sum(p.numel() for p in model.parameters()):,} parameters; latents {shape}; {WORLD} x {device.type}")
     about = SimpleNamespace(**{f.name: getattr(cfg, f.name) for f in fields(GeneratorConfig)}, vae=fingerprint(vae),

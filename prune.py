@@ -2,7 +2,7 @@
 
     python prune.py                          # toy: search, surgery, fine-tuning; after dit.py, a laptop, minutes
     python prune.py --sensitivity            # Fig. 3, each level alone -> out/sensitivity.json
-    python prune.py --ablation --seeds 3     # Table 4, six ways to a small DiT -> out/ablation.json
+    python prune.py --ablation --seeds 3     # Table 4, seven ways to a small DiT -> out/ablation.json
 
 out/dit.pt (or --init, any generator), vae.pt and latents/ beside it -> out/pruned.pt, out/pruned.png (samples)
 """
@@ -23,9 +23,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import dit
-from dit import (LaterStage, add_noise, average, build, contact_sheet, encode_clips, flow_matching_loss, load_dit,
-                 load_vae, save_dit, score_samples, step_inputs, test_captions, text_encoder, training_batch)
-from vae import (PAPER, Abort, Meter, Training, dry_run, flag, launch, load, make_optimizers, median_ms, prepare,
+from dit import (LaterStage, add_noise, average, build, contact_sheet, encode_clips, fingerprint, flow_matching_loss,
+                 load_dit, load_vae, save_dit, score_samples, step_inputs, test_captions, text_encoder, training_batch)
+from vae import (PAPER, Abort, Meter, Training, dry_run, flag, launch, load, make_optimizers, median_ms, once, prepare,
                  print0, progress, resume, seeded, setup, share, summary, update)
 
 # ------------------------------------------------------------------------------------------------ candidates
@@ -52,9 +52,9 @@ def fit_budget(about, groups, budget):
 
     Ours: the paper's cuts of the three levels, scaled together up to the first that fits; under 1e9 it is the paper's.
     """
-    for name, m in zip(SIZES, groups, strict=True):
-        if getattr(about, name) % m:
-            raise Abort(f"--groups: groups of {m} do not divide the generator's {name} of {getattr(about, name)}")
+    if len(groups) != 3 or any(m < 1 or getattr(about, name) % m for name, m in zip(SIZES, groups)):
+        raise Abort(f"--groups {','.join(map(str, groups))} do not divide the generator's blocks, heads and channels: "
+                    f"{about.depth}, {about.num_heads}, {about.ffn_dim}")
     settings = (tuple(max(1, round(m * (1 - scale * cut))) for m, cut in zip(groups, PAPER_CUT))
                 for scale in np.arange(0, 4.001, .001))
     limit = budget * count_parameters(about) if budget <= 1 else budget
@@ -185,17 +185,21 @@ def search(cfg, teacher, candidates, draw, device):
 
 # ------------------------------------------------------------------------------------------------ fine-tuning with KD
 class Student(nn.Module):
-    """A DiT and, for KD, an affine map from the features in which each of `count` groups of its blocks ends."""
+    """A DiT and, for KD, an affine map of the features in which each group of blocks ends, to the teacher's width."""
 
-    def __init__(self, model, count, teacher_width, alpha, output_kd):
+    def __init__(self, cfg, model, teacher):
         super().__init__()
-        self.model, self.alpha, self.output_kd = model, alpha, output_kd
-        self.affine = nn.ModuleList(nn.Linear(model.cfg.width, teacher_width) for _ in range(count))
+        self.model, self.alpha, self.output_kd = model, cfg.alpha, cfg.output_kd
+        count = teacher.cfg.depth // cfg.groups[0] * (cfg.alpha > 0)
+        self.affine = nn.ModuleList(nn.Linear(model.cfg.width, teacher.cfg.width) for _ in range(count))
         for affine in self.affine:
             nn.init.eye_(affine.weight), nn.init.zeros_(affine.bias)  # Ours: a pruned DiT starts close to the teacher
 
     def forward(self, teacher, x0, noise, t, *text):
-        """The loss, and its parts: flow matching and, for the same x_t, t and text, KD, which is 0 without groups."""
+        """The loss, and its parts: flow matching, towards the teacher's velocity with output_kd, and the features' KD.
+
+        All are for the same x_t, t and text; without KD the second part is 0.
+        """
         count, y_s, y_t, velocity = len(self.affine), [], [], None
         ends = lambda model, y: [(model.blocks[(i + 1) * len(model.blocks) // count - 1], lambda _, out: y.append(out))
                                  for i in range(count)]
@@ -210,14 +214,9 @@ class Student(nn.Module):
         return torch.stack([loss + self.alpha * distill, loss, distill])  # Eq. (6)
 
 
-def make_student(cfg, model, teacher):
-    count = teacher.cfg.depth // cfg.groups[0] * (cfg.alpha > 0)
-    return Student(model, count, teacher.cfg.width, cfg.alpha, cfg.output_kd)
-
-
 def finetune(cfg, model, teacher, draw, device, path, about=None):
     """Train a DiT, with KD if cfg.alpha. Returns its moving average. Checkpoints to path if told what it is: about."""
-    began, losses, student = time.time(), [], make_student(cfg, model, teacher).to(device)
+    began, losses, student = time.time(), [], Student(cfg, model, teacher).to(device)
     ema, optimizers = copy.deepcopy(model).requires_grad_(False), make_optimizers(model, cfg.lr, cfg.muon_lr)
     if cfg.alpha:
         optimizers.append(torch.optim.AdamW(student.affine.parameters(), cfg.lr, weight_decay=0))
@@ -243,7 +242,8 @@ def measure(cfg, model, vae, about, draw):
     """Parameters, flow-matching loss (eight batches, the same ones at every call) and scores for unseen captions."""
     device = vae.mean.device
     with seeded(0, device), torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
-        losses = [flow_matching_loss(model, *draw((i, 2))).item() for i in range(8)]
+        losses = [flow_matching_loss(model, *part).item() for i in range(8)
+                  for part in zip(*(x.chunk(cfg.accumulate) for x in draw((i, 2))))]
     figures = dict(parameters=count_parameters(about), loss=np.mean(losses).item())
     if cfg.score_clips and about.data == "synthetic":
         scores = score_samples(model, vae, about, "full", cfg.score_clips)
@@ -269,12 +269,11 @@ def sensitivity(cfg, teacher, vae, about, draw, device):
     for i, m in enumerate(cfg.groups):
         settings += [(SIZES[i], (*cfg.groups[:i], n, *cfg.groups[i + 1:])) for n in range(m - 1, 0, -1)]
     for level, kept in settings:
-        own = replace(cfg, search_steps=cfg.search_steps * (level != "none"))
-        model, small = cut(teacher, about, search(own, teacher, Candidates(about, cfg.groups, kept), draw, device))
+        model, small = cut(teacher, about, search(cfg, teacher, Candidates(about, cfg.groups, kept), draw, device))
         (whole, cost), size = step_costs([teacher, model], about, PHONE), getattr(small, level, 0)
         row = cost | dict(speedup=whole["step_ms"] / cost["step_ms"]) | measure(cfg, model, vae, small, draw)
         rows.append(dict(level=level, kept=size, **summary(f"{level} {size or ''}", row)))
-    Path(cfg.out, "sensitivity.json").write_text(json.dumps(rows, indent=1))
+    once(Path(cfg.out, "sensitivity.json").write_text)(json.dumps(rows, indent=1))
     return {f"{row['level']}_{row['kept']}_loss": row["loss"] for row in rows}
 
 
@@ -304,14 +303,14 @@ def ablation(cfg, teacher, vae, about, kept, draw, device, trained):
         else:
             if method == "tri-level":
                 learned = search(own, teacher, candidates, draw, device)
-            masks = {"random": candidates.read_out({k: torch.rand(shape) for k, shape in candidates.shapes.items()}),
+            masks = {"random": candidates.read_out({k: torch.rand_like(w) for k, w in weight.items()}),
                      "magnitude": candidates.read_out(weight)}.get(method, learned)
             model, small = cut(teacher, about, masks)
         ema = finetune(own, model, teacher, draw, device, cfg.out)
         row = dict(steps=own.steps, cpu_minutes=(time.process_time() - began) / 60)
         row |= measure(cfg, ema, vae, small, draw)
         rows.append(dict(method=method, seed=seed, **summary(f"{method}, seed {seed}:", row)))
-    Path(cfg.out, "ablation.json").write_text(json.dumps(rows, indent=1))
+    once(Path(cfg.out, "ablation.json").write_text)(json.dumps(rows, indent=1))
     for method, k in itertools.product(methods, list(row)[3:]):
         values = [row[k] for row in rows if row["method"] == method]
         figures[f"{method}_{k}"] = np.mean(values).item()
@@ -330,7 +329,7 @@ class Config(LaterStage, Training):
     steps: int = flag(3000, "fine-tuning steps")
     lr: float = flag(2e-3)
     alpha: float = flag(.01, "weight of KD (Sec. 4.2.2); 0: without")
-    output_kd: bool = flag(True, "Ours: KD also makes the teacher's velocity the target of Eq. (2), not noise - x0")
+    output_kd: bool = flag(True, "Ours: KD also makes the teacher's velocity flow matching's target, not noise - x0")
     ema: float = flag(.98, "rate of the weights' moving average, which is what later stages use")
     score_clips: int = flag(48, "unseen captions whose samples are scored; 0 for none")
     save_every: int = flag(250)
@@ -349,8 +348,8 @@ def describe(cfg, about, kept, n):
     teacher, shape = build(about).requires_grad_(False), (1 + about.frames // 8, *(n // 32 for n in about.size))
     module = Search(teacher, Candidates(about, cfg.groups, kept))
     model, ema = (build(shrink(about, cfg.groups, kept)) for _ in "12")
-    student = make_student(cfg, model, teacher)
-    prepare([*teacher.blocks, *model.blocks], cfg)
+    student = Student(cfg, model, teacher)
+    prepare(teacher.blocks, replace(cfg, compile=False)), prepare(model.blocks, cfg)  # as search and finetune do
     x, *rest = step_inputs(about, shape, n)
     searching = cfg.search_steps, partial(module, 1.), (x, x, *rest, *gumbel(module.logits, n))
     return ([model, student.affine], [teacher, ema],
@@ -363,6 +362,8 @@ def main(cfg):
     began, path, device, init = time.time(), Path(cfg.out) / "pruned.pt", setup(cfg), cfg.init or f"{cfg.out}/dit.pt"
     teacher, about = (None, SimpleNamespace(**vars(dit.Config(**dit.PRESETS[cfg.preset])), compression=(8, 32))) \
         if cfg.dry_run else load_dit(init, device=device, data=cfg.data)
+    if teacher:
+        about.pruned = fingerprint(teacher, "")  # by which --resume knows what it went on from
     kept = fit_budget(about, cfg.groups, cfg.budget)
     small, candidates = shrink(about, cfg.groups, kept), Candidates(about, cfg.groups, kept)
     print0(f"prune: {count_parameters(small):,} parameters from {count_parameters(about):,}")
@@ -372,6 +373,9 @@ def main(cfg):
         print0(f"  {level:10} {part} of {whole}: {len(masks)} choices in each {masks.shape[1]}; {count} without groups")
     if cfg.dry_run:
         return dry_run("PRUNE", cfg, partial(describe, cfg, about, kept))
+    if cfg.ablation and (cfg.resume or cfg.seeds < 1):
+        raise Abort("--ablation takes --seeds of at least 1 and no --resume")
+    path.parent.mkdir(parents=True, exist_ok=True)  # before hours of work that end in a file there
     vae = load_vae(about.out, device, about.vae)
     cache = encode_clips(about, vae, text_encoder(about), device)
     draw = partial(training_batch, cfg, about, cache, device)
@@ -381,7 +385,7 @@ def main(cfg):
         return summary("PRUNE", ablation(cfg, teacher, vae, about, kept, draw, device, load(init)["config"]), began)
     if cfg.resume and path.exists():
         saved = load(path, finished=False)["generator"]
-        if any(saved[k] != v for k, v in vars(small).items() if k not in ("out", "kept")):
+        if any(saved.get(k) != v for k, v in vars(small).items() if k not in ("out", "kept")):
             raise Abort(f"{path} was not pruned from {init} as that is now: start again without --resume")
         small.kept, model = saved["kept"], build(small).to(device)
     else:

@@ -220,16 +220,22 @@ def command(module, *flags):
     return status, out.getvalue(), err.getvalue()
 
 
+def complains(words, module, *flags):
+    """`python module.py flags` ends in exit status 2 and one line on stderr, which says words."""
+    status, _, error = command(module, *flags)
+    assert status == 2 and words in error and error.count("\n") == 1, f"{[*flags]}, status {status}: {error[-200:]}"
+
+
 def test_command_line_says_what_is_wrong(folder):
     (folder / "broken").mkdir()
     (folder / "broken" / "vae.pt").write_bytes((trained() / "vae.pt").read_bytes()[:5000])
     (folder / "empty.txt").write_text("\n")
-    wrong = []
+    (folder / "latin.txt").write_bytes("ein roter Würfel".encode("latin-1"))
     for words, module, flags in (
             ("--step", vae, "--step 3"), ("--nonsense", dit, "--nonsense 3"), ("many", vae, "--steps many"),
             ("128,wide", vae, "--size 128,wide"), ("--size", vae, "--size 128"), ("huge", vae, "--preset huge"),
             ("choose from 4x16x16", vae, "--ratio 8x8x8"), ("16 frames", vae, "--frames 16"),
-            ("--init", vae, "--steps 0"), ("8 frames do not", vae, "--crop 8,64,64"),
+            ("--init", vae, "--steps 0"), ("--log_every 0", vae, "--log_every 0"), ("8 frames do not", vae, "--crop 8,64,64"),
             ("100x128", vae, "--size 100,128"),
             ("19 frames", vae, "--frames 19 --ratio 4x16x16"),
             ("--init", dit, f"--steps 0 --in_channels 8 --out {trained()}"),
@@ -241,17 +247,15 @@ def test_command_line_says_what_is_wrong(folder):
             ("made by vae.py", sample, f"--checkpoint {trained()}/vae.pt"),
             ("none.txt", sample, f"--prompts {folder}/none.txt --out {trained()}"),
             ("empty.txt", sample, f"--prompts {folder}/empty.txt --out {trained()}"),
+            ("decode", sample, f"--prompts {folder}/latin.txt --out {trained()}"),
             ("purple", sample, f"--prompt PURPLE --out {trained()}"),
             ("24x32", sample, f"--size 24,32 --out {trained()}"),
             ("must be 8", dit, f"--frames 9 --size 32,32 --out {trained()}"),
             ("--num_heads 4", dit, f"--frames 9 --size 32,32 --in_channels 8 --num_heads 4 --out {trained()}")):
-        status, _, error = command(module, "--out", str(folder), *flags.split())
-        if status != 2 or words not in error or error.count("\n") != 1:
-            wrong.append(f"{module.__name__}.py {flags}, status {status}: {error.strip()[-200:]}")
-    assert not wrong, "\n".join(wrong)
+        complains(words, module, "--out", str(folder), *flags.split())
     end = subprocess.run([sys.executable, vae.__file__, "--frames", "16"], capture_output=True, text=True)
     assert end.returncode == 2 and end.stderr.count("\n") == 1 and "16 frames" in end.stderr, end.stderr
-    for module in (vae, dit, sample):
+    for module in (vae, dit, prune, distill, sample, export_ios):
         status, out, _ = command(module, "--help")
         assert status == 0 and all(f"--{f.name} " in out for f in fields(module.Config)), out
 
@@ -305,7 +309,9 @@ def test_what_is_held_out_and_left_out():
         assert (silent.bool() | (said == shown)).all() and (seen == held if split == "full" else not seen & held), split
         if split == "train":
             assert len(seen) > 800 and (silent.mean(0) - .2).abs().max() < .03
-            assert abs(np.corrcoef(silent.T)[np.triu_indices(4, 1)]).max() < .07                 # independently
+            paths = torch.stack([vae.track(0, 1, np.random.default_rng((0, i)), 2)[1] for i in range(count)])
+            told = torch.stack([paths[:, 1, 0] - paths[:, 0, 0], *paths[:, 0].T, *silent.T])     # length, start
+            assert abs(np.corrcoef(told)[np.triu_indices(7, 1)])[3:].max() < .07                 # independently
         else:
             assert (silent.sum(1) == dict(open=2, full=0)[split]).all() and silent.mean(0).std() < .05
 
@@ -394,6 +400,8 @@ def test_video_folder(folder):
             wrong.append(f"{path.name}, start {start}: frames {shown.tolist()}, nearest to {wanted.tolist()}")
     assert torch.equal(pickle.loads(pickle.dumps(clips)).video(3), clips.video(3))  # as to a worker on macOS
     aborts("lasts 2.50 s", lambda: vae.open_clips(replace(cfg, frames=25)).video(0))
+    with patch.object(vae.VideoFolder, "BAD", 1.):
+        aborts("are skipped: mend", lambda: vae.open_clips(replace(cfg, frames=49)).video(0))
     fast = vae.open_clips(replace(cfg, fps=24.))                         # more frames than there are
     assert all(fast.video(i).shape == (3, 9, 32, 32) for i in range(16)) and not wrong, "\n".join(wrong)
     (folder / "a.mp4").write_bytes((folder / "b.mkv").read_bytes()[:300])
@@ -527,6 +535,13 @@ def test_vae_loss_is_the_sum_of_what_it_says():
     z = mean + (logvar / 2).exp() * noise
     again = model.posterior(model.reconstruct(z))[0]
     close(loss(consistency_weight=2.) - loss(), 2 * (again - mean).square().mean(), 1e-4)
+    close(loss(), model.distance(model.reconstruct(z), video)[0])
+    video, errors = -torch.ones(1, 3, 1, 64, 64), torch.zeros(1, 192, 1, 8, 8)
+    video[..., 24:32, 24:32], errors[..., 2:5, 2:5] = 1, .1              # one patch stands out; it and its neighbours
+    for error, weights in ((errors, 9 * 5), (.1 - errors, 64 - 9)):      # count five times, the others once
+        weighted, plain = model.distance(model.to_patches(video) + error, video)
+        close(weighted, torch.tensor(weights / 64 * (.1 + 5 * .1 ** 2)))
+        close(plain, error.square().mean())
 
 
 def test_crops_are_parts_of_their_clips_and_fit_what_is_smaller():
@@ -877,8 +892,8 @@ def test_moving_average_and_whose_vae_it_is(folder):
 # ------------------------------------------------------------------------------------------------ sample.py
 def test_sample_writes_what_is_asked_for(folder):
     (folder / "prompts.txt").write_text("a red circle moves left\na thing\n\n")
-    for flags in (["--prompts", f"{folder}/prompts.txt", "--format", "npy"], ["--prompts", f"{folder}/prompts.txt"],
-                  ["--prompt", "a red circle moves left"], ["--format", "npy"]):
+    for flags in (["--prompts", f"{folder}/prompts.txt", "--format", "npy"], ["--prompt", "a red circle moves left"],
+                  ["--prompts", f"{folder}/prompts.txt", "--data", "gone"], ["--format", "npy"]):
         _, out, error = command(sample, "--checkpoint", f"{trained()}/dit.pt", "--out", str(folder), *flags)
         assert "3 stochastic steps, guidance 1.25" in out and out.splitlines()[-2].startswith("SAMPLE "), out + error
     films = [np.load(folder / f"000{i}.npy") for i in (0, 1)]
@@ -965,7 +980,7 @@ def test_bench_is_of_what_it_says(folder):
     with patch.dict(dit.PRESETS, paper=small), patch.dict(dit.MOBILE, depth=1, num_heads=1, ffn_dim=32), \
             patch.dict(vae.PRESETS, paper=asdict(TINY_VAE) | dict(latent_channels=128, patch=0)):
         _, out, error = command(sample, "--preset", "paper", "--bench", "--no-compile", "--out", str(folder))
-        server, vae_model, about = dit.untrained("cpu")
+        server, _, about = dit.untrained("cpu")
     table = {line[:16].strip(): dict(zip(*[iter(line[16:].replace(",", "").split())] * 2))
              for line in out.splitlines() if " step_ms " in line[:90]}
     row = {k: {name: float(v) for name, v in values.items()} for k, values in table.items()}
@@ -978,7 +993,6 @@ def test_bench_is_of_what_it_says(folder):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         server(*dit.step_inputs(about, (2, 4, 4), 1))
     assert abs(counter.get_total_flops() / 1e9 / row["untrained server"]["gflops"] - 1) < 1e-3
-    assert vae_model.latent_shape(about.frames, *about.size) == (128, 2, 4, 4)
     figures, checkpoint = [], ("--checkpoint", f"{trained()}/dit.pt", "--out", str(folder), "--format", "npy")
     for flags in (), ("--bf16",), ("--compile", "--bf16"):
         with patch.object(torch, "compile", Mock(wraps=partial(torch.compile, backend="eager"))) as compiled:
@@ -1100,7 +1114,7 @@ def test_search_knows_what_a_head_is_worth():
 def test_kd_is_eq_5():
     (teacher, about), (x0, t, text, mask), noise = tiny_generator(), tiny_inputs(), torch.randn(2, 8, 2, 3, 2)
     model, _ = prune.cut(teacher, about, random_masks(prune.Candidates(about, (2, 4, 4), (1, 2, 3))))
-    student = prune.Student(model, 2, 32, .1, False)
+    student = prune.Student(replace(TINY_PRUNE, alpha=.1, output_kd=False), model, teacher)
     x_t = torch.stack([(1 - s) * a + s * n for s, a, n in zip(t, x0, noise)])
     assert torch.equal(student.affine[0](x0.flatten(1)[:, :32]), x0.flatten(1)[:, :32])          # its start
     cosines = []
@@ -1121,7 +1135,8 @@ def test_kd_is_eq_5():
     distill.backward()
     assert all(p.grad is None for p in teacher.parameters()) and not model.proj_out.weight.grad.any()
     assert all(p.grad.abs().max() > 0 for p in (*student.affine.parameters(), model.proj_in.weight))
-    _, flow, _ = prune.Student(model, 2, 32, .1, True)(teacher, x0, noise, t, text, mask)            # output KD
+    student = prune.Student(replace(TINY_PRUNE, alpha=.1, output_kd=True), model, teacher)
+    _, flow, _ = student(teacher, x0, noise, t, text, mask)
     close(flow, (model(x_t, t, text, mask) - teacher(x_t, t, text, mask)).square().mean())
 
 
@@ -1137,20 +1152,19 @@ def test_prune_resumes_to_the_same_bits_and_says_what_is_wrong(folder):
     prune.main(replace(TINY_PRUNE, out=str(twice), resume=True))
     a, b = vae.load(once / "pruned.pt"), vae.load(twice / "pruned.pt")
     assert (wrong := [k for k in a if k != "config" and not same(a[k], b[k])]) == [], wrong
+    with patch.object(prune, "fingerprint", lambda *_: "of another generator"):
+        aborts("as that is now", prune.main, replace(TINY_PRUNE, out=str(twice), resume=True))
     model, about = dit.load_dit(once / "pruned.pt")
     assert len(about.kept["blocks"]) == about.depth == model.cfg.depth == 1 and (once / "pruned.png").exists()
     dit.main(replace(TINY_DIT, out=str(once), num_heads=1, depth=4))         # a generator of another shape
-    wrong = []
     for words, flags in (("--budget 0.01 cannot be met", "--budget .01"), ("do not divide", "--groups 2,3,4"),
+                         ("do not divide", "--groups 2,2"), ("do not divide", "--groups 2,0,4"),
                          ("no generator", f"--init {once}/vae.pt"), ("is missing", f"--init {once}/none.pt"),
                          ("another --budget", "--resume --budget .7"), ("another --alpha", "--resume --alpha 0"),
                          ("was not pruned from", f"--resume --init {once}/dit.pt --groups 2,1,4")):
         values = {f.name: getattr(TINY_PRUNE, f.name) for f in fields(TINY_PRUNE) if f.type in (int, float)}
         tiny = [f"--{k}={v}" for k, v in values.items()] + ["--groups=2,2,4", f"--out={twice}"]
-        status, _, error = command(prune, *tiny, *flags.split())
-        if status != 2 or words not in error or error.count("\n") != 1:
-            wrong.append(f"prune.py {flags}, status {status}: {error.strip()[-200:]}")
-    assert not wrong, "\n".join(wrong)
+        complains(words, prune, *tiny, *flags.split())
 
 
 def test_tables_of_fig_3_and_table_4(folder):
@@ -1339,8 +1353,7 @@ def test_distill_says_what_is_wrong(folder):
                          ("no generator", f"--init {trained()}/vae.pt"),
                          ("another VAE", f"--trunk 1 --init {trained()}/dit.pt --teacher {folder}/other.pt"),
                          ("multiple of", f"--trunk 1 --init {trained()}/dit.pt --targets 2")):
-        status, _, error = command(distill, "--out", str(folder), *flags.split())
-        assert status == 2 and words in error and error.count("\n") == 1, error
+        complains(words, distill, "--out", str(folder), *flags.split())
     for part in "discriminator_loss", "reconstruction_loss":
         cfg = replace(TINY_DISTILL, out=str(folder), init=f"{trained()}/dit.pt", warm_steps=0)
         poisoned = Mock(wraps=getattr(distill, part))
@@ -1527,7 +1540,7 @@ def exported(bits, pruned):
     The pruned one's steps draw noise.
     """
     folder = Path(SHARED.name) / f"export{bits}{pruned}"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     shutil.copy(trained() / "vae.pt", folder)
     checkpoint = vae.load(trained() / "dit.pt")
     checkpoint["generator"] |= dict(num_steps=4, guidance_scale=1., shift=1., num_heads=1 if pruned else 2,
@@ -1540,28 +1553,9 @@ def exported(bits, pruned):
     return folder, export_ios.main(export_ios.Config(out=str(folder), bits=bits))
 
 
-def run_package(name, bits=16, pruned=False):
-    """(the Program of a package, inputs for it, its output)."""
-    program = export_ios.Program(exported(bits, pruned)[0] / f"{name}.mlpackage")
-    torch.manual_seed(3)
-    inputs = [torch.rand(shape) if name in ("t", "t_next", "text_mask") else torch.randn(shape)
-              for name, _, shape in program.inputs]
-    return program, inputs, program(*inputs)
-
-
-def mil(ops, inputs, folder):
-    """ops(*inputs), written with Core ML's builder, saved and read back: the Program and what it computes."""
-    import coremltools as ct
-    from coremltools.converters.mil import Builder as mb
-    program = mb.program([mb.TensorSpec(tuple(x.shape)) for x in inputs], opset_version=ct.target.iOS18)(ops)
-    ct.convert(program, minimum_deployment_target=ct.target.iOS18, compute_precision=ct.precision.FLOAT32,
-               skip_model_load=True).save(str(folder / "op.mlpackage"))
-    program = export_ios.Program(folder / "op.mlpackage")
-    return program, program(*inputs)
-
-
 def test_executor_knows_each_operation(folder):
-    optional("coremltools")
+    """Each is written with Core ML's builder, saved and read back."""
+    ct = optional("coremltools")
     from coremltools.converters.mil import Builder as mb
     x, y, video = torch.randn(2, 6, 4), torch.randn(2, 6, 4), torch.randn(1, 4, 3, 6, 6)
     weight, kernel, bias, gamma = (np.random.default_rng(0).standard_normal(shape).astype(np.float32)
@@ -1603,10 +1597,12 @@ def test_executor_knows_each_operation(folder):
     rest = set(export_ios.OPS)
     for name, (ops, expected) in cases.items():
         inputs = [video] if name == "conv" else [x, y][:ops.__code__.co_argcount]
-        program, result = mil(ops, inputs, folder)
-        close(result, expected, 2e-6)
+        program = mb.program([mb.TensorSpec(tuple(v.shape)) for v in inputs], opset_version=ct.target.iOS18)(ops)
+        ct.convert(program, minimum_deployment_target=ct.target.iOS18, compute_precision=ct.precision.FLOAT32,
+                   skip_model_load=True).save(str(folder / f"{name}.mlpackage"))
+        program = export_ios.Program(folder / f"{name}.mlpackage")
+        close(program(*inputs), expected, 2e-6)
         rest -= {kind for kind, *_ in program.ops}
-        shutil.rmtree(folder / "op.mlpackage")
     assert rest == {"constexpr_blockwise_shift_scale"}, rest  # which compressed packages test
 
 
@@ -1638,15 +1634,16 @@ def test_packages_say_what_they_are():
 def test_packages_compute_what_models_do():
     optional("coremltools")
     for bits, pruned, tolerance in ((16, False, 3e-3), (32, False, 1e-5), (16, True, 3e-3)):
-        (x, t, t_next, emb, mask, *noise), y = run_package("denoiser", bits, pruned)[1:]
-        model, _ = dit.load_dit(exported(bits, pruned)[0] / "dit.pt")
+        folder, _ = exported(bits, pruned)
+        denoiser, decoder = (export_ios.Program(folder / f"{name}.mlpackage") for name in ("denoiser", "decoder"))
+        inputs = x, t, t_next, emb, mask, *noise = [torch.rand(shape) if name in ("t", "t_next", "text_mask") else
+                                                    torch.randn(shape) for name, _, shape in denoiser.inputs]
+        model, _ = dit.load_dit(folder / "dit.pt")
         velocity = model(x, t, emb, mask)
         euler, clean = x + (t_next - t) * velocity, x - t * velocity
-        close(y, dit.add_noise(clean, *noise, t_next) if pruned else euler, tolerance)
-        (z,), frames = run_package("decoder", bits, pruned)[1:]
-        close(frames * 2 - 1, dit.load_vae(trained()).decode(z)[0].transpose(0, 1).clamp(-1, 1), 2 * tolerance)
-    program = run_package("denoiser", 16, True)[0]
-    assert sum(kind == "gather" for kind, *_ in program.ops) == 4    # cosines and sines of two blocks
+        close(denoiser(*inputs), dit.add_noise(clean, *noise, t_next) if pruned else euler, tolerance)
+        close(decoder(x) * 2 - 1, dit.load_vae(trained()).decode(x)[0].transpose(0, 1).clamp(-1, 1), 2 * tolerance)
+    assert sum(kind == "gather" for kind, *_ in denoiser.ops) == 4       # cosines and sines of two blocks
 
 
 def test_compressed_packages_are_smaller_and_worse():
@@ -1739,10 +1736,9 @@ def test_only_good_packages_replace_others(folder):
 def test_export_says_what_is_wrong(folder):
     (folder / "file").touch()
     for flags, words in ((["--out", f"{folder}/none"], "run python dit.py first"), (["--bits", "6"], "choose from"),
-                         (["--out", f"{folder}/file", "--checkpoint", f"{trained()}/dit.pt"], "file"),
+                         (["--out", f"{folder}/file", "--checkpoint", f"{trained()}/dit.pt"], "File exists"),
                          (["--out", str(trained()), "--frames", "10"], "1 + a multiple of 8")):
-        code, out, error = command(export_ios, *flags)
-        assert code == 2 and words in error and error.count("\n") == 1, (flags, code, error)
+        complains(words, export_ios, *flags)
 
 
 def test_estimate_is_calibrated_on_the_paper():

@@ -19,6 +19,7 @@ import weakref
 import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -81,6 +82,9 @@ class Training(Stage):
     utilisation: float = flag(.4, "and the share of it that training reaches")
 
     def __post_init__(self):
+        for name in "batch_size", "accumulate", "save_every", "log_every", "gpus":
+            if getattr(self, name) < 1:
+                raise Abort(f"--{name} {getattr(self, name)}: give at least 1")
         processes = self.gpus if self.dry_run else WORLD
         if self.batch_size % (processes * self.accumulate):
             raise Abort(f"--batch_size {self.batch_size} does not divide among {processes} processes of "
@@ -109,7 +113,7 @@ def launch(main, Config, presets):
     parser.set_defaults(**presets[preset])
     try:
         main(Config(**vars(parser.parse_args())))
-    except (Abort, OSError) as error:
+    except (Abort, OSError, UnicodeDecodeError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n" if speaks() else None)
     finally:
         if dist.is_initialized():
@@ -131,7 +135,8 @@ def setup(cfg):
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if os.environ.get("GROUP_WORLD_SIZE") == "1" else ""
         with together():
             store = dist.PrefixStore(restart, next(dist.rendezvous("env://"))[0])
-            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=RANK, world_size=WORLD)
+            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=RANK, world_size=WORLD,
+                                    timeout=timedelta(days=1))  # they end their shares of encode_clips hours apart
     torch.manual_seed(cfg.seed)
     return device
 
@@ -189,21 +194,21 @@ def progress(start, total):
     return tqdm(range(start, total), initial=start, total=total, file=sys.stdout, disable=RANK > 0 or None, leave=False)
 
 
-def learning_rate(step, steps, warmup=20, decay=.5):
-    """Factor of the rate. Ours: linear warm-up, then constant, then linear to zero over the last share `decay`."""
-    return min((step + 1) / warmup, (1 - step / steps) / decay, 1)
+def learning_rate(step, steps):
+    """Factor of the rate. Ours: 20 steps of linear warm-up, then constant, then linear to zero over the last half."""
+    return min((step + 1) / 20, 2 * (1 - step / steps), 1)
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, for matrices and convolution kernels [Jordan et al. 2024].
 
-    Ours: on the toy it learns several times faster than AdamW. torch.optim.Muon takes neither convolutions nor
-    float32, which a CPU needs; here Newton-Schulz runs on the small Gram matrix, with the Polar Express coefficients.
+    Ours: on the toy it learns several times faster than AdamW. torch.optim.Muon takes no convolutions and computes in
+    bfloat16, slow on a CPU; here Newton-Schulz runs on the small Gram matrix, with the Polar Express coefficients.
     """
     COEFFICIENTS = (8.2872, -23.5959, 17.3004), (4.1071, -2.9478, .5448), (3.9487, -2.9089, .5518)
 
-    def __init__(self, params, lr, momentum=.95):
-        super().__init__(params, dict(lr=lr, momentum=momentum))
+    def __init__(self, params, lr):
+        super().__init__(params, dict(lr=lr, momentum=.95))
 
     @torch.no_grad()
     def step(self):
@@ -329,7 +334,7 @@ def measure_training(cfg, describe, device="cuda"):
     """
     seconds = 0
     with torch.device(device):
-        trained, others, phases, _ = describe()
+        trained, others, phases, _ = describe()                          # others are only held: their memory counts
     optimizers = [torch.optim.AdamW([p for module in trained for p in module.parameters()], 1e-6, fused=True)]
     for steps, loss, batch in phases:
         times = []
@@ -624,7 +629,7 @@ def read_attributes(video):
 
 
 def score(video, attributes):
-    """The toy's VBench of clips for captions that say attributes (n, 4), -1 = left open."""
+    """The toy's VBench of clips for captions that say attributes (n, 4), -1 = left open; entropy: nan if none is."""
     read, quality = map(torch.stack, zip(*map(look, video.float())))
     left_open, entropies = attributes < 0, []
     for values, free, names in zip(read.T, left_open.T, ATTRIBUTES.values()):
@@ -634,7 +639,7 @@ def score(video, attributes):
     right = torch.where(left_open, read >= 0, read == attributes)
     figures = {"semantic": right.all(1).float().mean().item(), **dict(zip(ATTRIBUTES, right.float().mean(0).tolist()))}
     figures |= dict(zip(("flicker", "smoothness", "constancy", "sharpness"), quality.mean(0).tolist()))
-    figures |= {"quality": quality.mean().item(), "entropy": float(np.mean(entropies)) if entropies else 1.}
+    figures |= {"quality": quality.mean().item(), "entropy": float(np.mean(entropies)) if entropies else math.nan}
     return {"total": (4 * figures["quality"] + figures["semantic"]) / 5, **figures}
 
 
@@ -661,7 +666,7 @@ class SyntheticClips:
 
     def attributes(self, i):
         """What clip i shows and what its caption says of it, -1 where it is silent: two tensors of 4."""
-        rng = np.random.default_rng((self.seed, i))
+        rng = np.random.default_rng((self.seed, i, 1))  # not track's: what is silent must not tell where objects go
         if self.split == "full":
             shown = COMBINATIONS[HELD_OUT][i * 37 % 96]  # 37 and 96 have no common factor: all come, neighbours differ
             return shown, shown
@@ -684,7 +689,7 @@ class VideoFolder:
     """A folder of videos and images with captions, listed once. Each video gives STARTS clips, an image one of a frame.
 
     A file that cannot be read or is too short is named and skipped: its clips are those of the next one that can.
-    Raises Abort where the folder, a caption or `av` is missing, or more than the share BAD of the files is skipped.
+    Raises Abort where folder, caption or `av` is missing, or too many files are skipped: over BAD, or all of a kind.
     """
     STARTS = 8  # Ours: starts per video, evenly spread, so that decoded clips can be kept
     BAD = .1
@@ -728,7 +733,7 @@ class VideoFolder:
     def clip(self, i):
         """Clip i (3, F, H, W) in [-1, 1] and its caption; where its file is bad, those of the next good one."""
         kind = next(kind for kind in self.kinds.values() if i in kind)
-        while True:
+        for _ in kind:
             start, path = self.item(i)
             if path not in self.bad:
                 try:
@@ -736,10 +741,12 @@ class VideoFolder:
                 except Abort as error:
                     print(f"skipped: {error}", flush=True)
                     self.bad.add(path)
-                    if len(self.bad) > self.BAD * min(len(self.files), max(100, self.tried)):
-                        raise Abort(f"{len(self.bad)} of {len(self.files)} files are skipped, {self.BAD:.0%} may be: "
-                                    f"{error}") from None
+                    count = min(len(self.files), max(100, self.tried))
+                    if len(self.bad) > self.BAD * count:
+                        raise Abort(f"{len(self.bad)} of {count} files are skipped, {self.BAD:.0%} may be: {error}"
+                                    ) from None
             i = kind[(i + 1 - kind.start) % len(kind)]
+        raise Abort(f"--data {self.cfg.data}: all its videos, or all its images, are skipped: mend or remove them")
 
     def decode(self, start, path):
         """A clip (3, F, H, W) in [-1, 1] of a file: the frames nearest in time, cropped in the middle."""
@@ -782,11 +789,9 @@ class VideoFolder:
 
 def words(cfg):
     """All words of the captions."""
-    captions = ["a thing", *map(caption, COMBINATIONS.tolist())]
-    if cfg.data != "synthetic":
-        clips = open_clips(cfg)
-        captions = [f.with_suffix(".txt").read_text().lower() for f in clips.files]
-    return sorted(set(" ".join(captions).split()))
+    captions = (["a thing", *map(caption, COMBINATIONS.tolist())] if cfg.data == "synthetic" else
+                [f.with_suffix(".txt").read_text() for f in open_clips(cfg).files])
+    return sorted(set(" ".join(captions).lower().split()))
 
 
 def open_clips(cfg, split="train"):
@@ -897,10 +902,7 @@ class VAE(nn.Module):
         strides = [tuple(2 if i >= stages - n else 1 for n in (halve_t, halve_s, halve_s)) for i in range(stages)]
         widths, down_blocks, up_blocks = (per_stage[:stages] + per_stage[-1:] for per_stage in
                                           (cfg.widths, cfg.encoder_blocks, cfg.decoder_blocks))
-
-        def blocks(width, count, causal):
-            return [ResBlock(width, width, light, causal) for _ in range(count)]
-
+        blocks = lambda width, count, causal: [ResBlock(width, width, light, causal) for _ in range(count)]
         self.encoder_in = CausalConv3d(3 * self.patch ** 2, widths[0], kernel)
         encoder, decoder = [], blocks(widths[-1], up_blocks[-1], False)
         for i in range(stages):
@@ -918,7 +920,8 @@ class VAE(nn.Module):
     def latent_shape(self, frames, *size):
         """(C, f, h, w) of a clip's latents; raises Abort if the clip's size does not fit the ratio."""
         if len(size) != 2:
-            raise Abort(f"--size takes a height and a width, such as {self.cfg.size[0]},{self.cfg.size[-1]}")
+            raise Abort(f"--size takes a height and a width, such as {self.cfg.size[0]},{self.cfg.size[-1]}, and "
+                        "--crop frames before these")
         (time, space), (height, width) = self.compression, size
         if frames % time != 1:
             raise Abort(f"{frames} frames do not fit --ratio {self.cfg.ratio}: use 1 + a multiple of {time}, "
@@ -942,7 +945,7 @@ class VAE(nn.Module):
         return self.decoder_out(F.silu(pixel_norm(x)))
 
     def encode(self, video):
-        """video (B, 3, F, H, W) in [-1, 1], F = 1 + 8k -> latents (B, C, f, h, w). Raises Abort if it does not fit."""
+        """video (B, 3, F, H, W) in [-1, 1] -> latents (B, C, f, h, w). Raises Abort if its size does not fit."""
         self.latent_shape(*video.shape[2:])
         return (self.posterior(self.to_patches(video))[0] - self.mean) / self.std
 
@@ -1079,7 +1082,7 @@ def crop_size(cfg):
 def crop(video, size, rng):
     """Of two random crops, (F, H, W) or less where the video (3, F, H, W) has less, the one that shows more.
 
-    Ours: most of a toy clip is background; eight crops show four times the objects of two clips in half the time.
+    Ours: most of a toy clip is background; eight crops show four times the objects of two clips in half the pixels.
     """
     corners = rng.integers([max(n - m, 0) + 1 for n, m in zip(video.shape[1:], size)], size=(2, 3))
     return max((video[:, *map(slice, corner, corner + size)] for corner in corners), key=torch.std)
@@ -1121,7 +1124,7 @@ def evaluate(vae, cfg):
 
 def describe(cfg, n):
     """What dry_run counts, for n clips at a time."""
-    vae = VAE(cfg)
+    vae = VAE(cfg).to(memory_format=torch.channels_last_3d)
     prepare([*vae.encoder, *vae.decoder], cfg)
     video, noise = torch.rand(n, 3, *crop_size(cfg)), torch.rand(n, *vae.latent_shape(*crop_size(cfg)))
     return [vae], [], [(cfg.steps, partial(vae, cfg=cfg), (video, noise))], lambda: vae.decode(noise[:1])
