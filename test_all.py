@@ -1432,7 +1432,7 @@ def alone():
 def test_micro_batches_and_recomputing_change_nothing(folder):
     train_all(copies(folder), accumulate=2, checkpointing=True)
     for ours, whole in zip(weights(folder), alone(), strict=True):
-        close(ours, whole)
+        close(ours, whole, 3e-5)                                         # rounding, which AdamW's first steps enlarge
 
 
 def test_bf16_is_close(folder):
@@ -1468,7 +1468,7 @@ def test_two_processes_do_as_one_though_one_is_killed(folder):
     assert end.returncode == 0 and "another process of this job has ended: start it again with --resume" in end.stderr
     assert "vae.pt is not there yet: starting from scratch" in end.stdout
     for ours, whole in zip(weights(folder), alone(), strict=True):
-        close(ours, whole)
+        close(ours, whole, 3e-5)                                         # rounding, which AdamW's first steps enlarge
 
 
 def test_compiled_blocks_compute_the_same():

@@ -1124,7 +1124,7 @@ def evaluate(vae, cfg):
 
 def describe(cfg, n):
     """What dry_run counts, for n clips at a time."""
-    vae = VAE(cfg).to(memory_format=torch.channels_last_3d)
+    vae = VAE(cfg)
     prepare([*vae.encoder, *vae.decoder], cfg)
     video, noise = torch.rand(n, 3, *crop_size(cfg)), torch.rand(n, *vae.latent_shape(*crop_size(cfg)))
     return [vae], [], [(cfg.steps, partial(vae, cfg=cfg), (video, noise))], lambda: vae.decode(noise[:1])
