@@ -333,8 +333,11 @@ def sample(model, noise, text_emb, text_mask, times, guidance_scale=1., renew=No
 # ------------------------------------------------------------------------------------------------ the latent cache
 def fingerprint(model, parts=("encoder", "mean", "std")):
     """Names a model's weights; of a VAE the latent space: latents of one space mean nothing to a model of another."""
-    values = (v for name, v in model.state_dict().items() if name.startswith(parts))
-    return hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in values)).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if name.startswith(parts):
+            digest.update(value.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load_vae(folder, device="cpu", name=None):
