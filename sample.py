@@ -24,7 +24,7 @@ from einops import rearrange
 from dit import (MOBILE, LaterStage, build, evaluations, find_generator, fingerprint, load_dit, load_vae, make_videos,
                  recipe, step_inputs, test_captions, untrained)
 from vae import (RANK, RATIOS, VAE, WORLD, Abort, Meter, barrier, flag, launch, median_ms, open_clips, print0, progress,
-                 reconstruct_clips, score, setup, summary, write_png)
+                 read_text, reconstruct_clips, score, setup, summary, write_png)
 
 
 @dataclass
@@ -91,7 +91,7 @@ def score_table(cfg, model, vae, about):
 def vbench_prompts(path):
     """Prompts of VBench_full_info.json, or of a text file named by their dimension, and how many videos of each."""
     try:
-        text, counts = path.read_text(), {}
+        text, counts = read_text(path), {}
         listed = json.loads(text) if path.suffix == ".json" else [
             dict(prompt_en=line.strip(), dimension=[path.stem]) for line in text.splitlines() if line.strip()]
         for entry in listed:
@@ -176,7 +176,7 @@ def write_samples(cfg, model, vae, about):
     if cfg.vbench:
         prompts = vbench_prompts(Path(cfg.vbench))
     elif cfg.prompts:
-        prompts = [line for line in Path(cfg.prompts).read_text().splitlines() if line.strip()]
+        prompts = [line for line in read_text(cfg.prompts).splitlines() if line.strip()]
     elif not cfg.prompt:  # the only case that needs the data
         prompts = test_captions(about, "full", 8)[0]
     if not prompts:

@@ -247,7 +247,7 @@ def test_command_line_says_what_is_wrong(folder):
             ("made by vae.py", sample, f"--checkpoint {trained()}/vae.pt"),
             ("none.txt", sample, f"--prompts {folder}/none.txt --out {trained()}"),
             ("empty.txt", sample, f"--prompts {folder}/empty.txt --out {trained()}"),
-            ("decode", sample, f"--prompts {folder}/latin.txt --out {trained()}"),
+            ("latin.txt is no text", sample, f"--prompts {folder}/latin.txt --out {trained()}"),
             ("purple", sample, f"--prompt PURPLE --out {trained()}"),
             ("24x32", sample, f"--size 24,32 --out {trained()}"),
             ("none.pt is missing", sample, f"--preset paper --bench --checkpoint {folder}/none.pt"),
@@ -260,6 +260,8 @@ def test_command_line_says_what_is_wrong(folder):
     for module in (vae, dit, prune, distill, sample, export_ios):
         status, out, _ = command(module, "--help")
         assert status == 0 and all(f"--{f.name} " in out for f in fields(module.Config)), out
+    help_of = lambda *flags: " ".join(command(dit, *flags, "--help")[1].split())
+    assert "transformer blocks (6)" in help_of() and "transformer blocks (28)" in help_of("--preset", "paper")
 
 
 # ------------------------------------------------------------------------------------------------ vae.py: the toy world

@@ -52,6 +52,13 @@ def flag(default, help=None):
     return field(default=default, metadata={"help": help})
 
 
+def read_text(path):
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise Abort(f"{path} is no text in UTF-8 ({error}): save it as such") from None
+
+
 @dataclass
 class Stage:
     """Flags that every script has; a script's Config adds its own."""
@@ -106,14 +113,15 @@ def launch(main, Config, presets):
             kind = {"type": lambda text: tuple(int(n) for n in text.split(",")), "metavar": "N,N,..."}
         fields_of = (getattr(c, "__dataclass_fields__", {}) for c in Config.__mro__)
         said = next(own[f.name].metadata["help"] for own in fields_of if f.name in own and own[f.name].metadata["help"])
-        parser.add_argument(f"--{f.name}", default=f.default, help=f"{said} ({f.default})", **kind)
-    preset = parser.parse_known_args()[0].preset
-    if preset not in presets:
+        parser.add_argument(f"--{f.name}", default=f.default, help=f"{said} (%(default)s)", **kind)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # so that --help knows the preset, too
+    first.add_argument("--preset", nargs="?", default="toy")
+    if (preset := first.parse_known_args()[0].preset) not in presets:
         parser.error(f"--preset {preset}: choose from {', '.join(presets)}")
     parser.set_defaults(**presets[preset])
     try:
         main(Config(**vars(parser.parse_args())))
-    except (Abort, OSError, UnicodeDecodeError) as error:
+    except (Abort, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n" if speaks() else None)
     finally:
         if dist.is_initialized():
@@ -725,7 +733,7 @@ class VideoFolder:
         return (i // self.videos, self.files[i % self.videos]) if i < n else (0, self.files[i - n + self.videos])
 
     def caption(self, i):
-        return " ".join(self.item(i)[1].with_suffix(".txt").read_text().lower().split())
+        return " ".join(read_text(self.item(i)[1].with_suffix(".txt")).lower().split())
 
     def video(self, i):
         return self.clip(i)[0]
@@ -790,7 +798,7 @@ class VideoFolder:
 def words(cfg):
     """All words of the captions."""
     captions = (["a thing", *map(caption, COMBINATIONS.tolist())] if cfg.data == "synthetic" else
-                [f.with_suffix(".txt").read_text() for f in open_clips(cfg).files])
+                [read_text(f.with_suffix(".txt")) for f in open_clips(cfg).files])
     return sorted(set(" ".join(captions).lower().split()))
 
 
