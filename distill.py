@@ -275,7 +275,7 @@ def train(cfg, path, generator, warm, lesson, about, cache, device):
     Returns the averaged generator and what it is and makes.
     """
     torch.manual_seed(cfg.seed)
-    how = dict(num_steps=cfg.num_steps, guidance_scale=1., shift=cfg.shift, stochastic=cfg.stochastic,
+    how = dict(num_steps=cfg.num_steps, guidance_scale=1., shift=cfg.shift, terminal=0., stochastic=cfg.stochastic,
                distilled=fingerprint(generator, ""))  # by which --resume knows what it went on from
     student = SimpleNamespace(**vars(about) | how)
     model, ema = copy.deepcopy(warm).requires_grad_(), copy.deepcopy(warm)
@@ -393,7 +393,7 @@ def main(cfg):
                     "--resume")
     if again and load(path, finished=False)["generator"].get("distilled") != fingerprint(generator, ""):
         raise Abort(f"{path} was not distilled from {init} as that is now: start again without --resume")
-    cache = encode_clips(about, vae, text_encoder(about), device)
+    cache = encode_clips(about, vae, device)
     lesson = lru_cache(None)(partial(teach, cfg, teacher, cache, device))
     if cfg.ablation:
         figures = ablation(cfg, out / "ablation.pt", generator, lesson, vae, about, cache, device)

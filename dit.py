@@ -37,8 +37,8 @@ from vae import (PAPER, RANK, VAE, WORLD, Abort, DataConfig, Stage, Training, VA
 class DiTConfig:
     depth: int = flag(6, "transformer blocks")
     width: int = flag(192, "channels of a token")
-    num_heads: int = flag(3, "attention heads that each block has")
-    head_dim: int = flag(64, "channels of a head; width / head_dim heads have slices of the rotary embedding")
+    num_heads: int = flag(6, "attention heads that each block has")
+    head_dim: int = flag(32, "channels of a head; width / head_dim heads have slices of the rotary embedding")
     ffn_dim: int = flag(768, "channels inside the feed-forward network")
     text_dim: int = flag(64, "channels of a text embedding")
     in_channels: int = flag(128, "channels of the latents")
@@ -214,17 +214,18 @@ def load_ltx(path, cfg, compression=(8, 32)):
 
 
 # ------------------------------------------------------------------------------------------------ text
-class WordEncoder:
+class WordEncoder(nn.Module):
     """Captions -> text_emb (B, L, E) and text_mask (B, L): a frozen random vector for each word, plus its position.
 
     Ours: stands in for T5 at toy scale. Any word has a vector; only those seen in training mean anything.
     """
 
     def __init__(self, dim, length):
+        super().__init__()
         self.dim, self.length = dim, length
         self.position = timestep_embedding(torch.arange(length) / 1000, dim)
 
-    def __call__(self, captions):
+    def forward(self, captions):
         emb, mask = torch.zeros(len(captions), self.length, self.dim), torch.zeros(len(captions), self.length)
         for i, spoken in enumerate(caption.lower().split()[:self.length] for caption in captions):
             for j, word in enumerate(spoken):
@@ -239,13 +240,14 @@ class WordEncoder:
 
 
 @lru_cache  # each is read once
-class TextEncoder:
+class TextEncoder(nn.Module):
     """Captions -> text_emb (B, L, E) and text_mask (B, L), by an encoder of transformers with last_hidden_state.
 
     Ours: less what the empty caption gets, so that zeros, which every stage takes for no caption, mean just that.
     """
 
     def __init__(self, name, dim, length):
+        super().__init__()
         try:
             from transformers import AutoModelForTextEncoding, AutoTokenizer
         except ImportError:
@@ -261,7 +263,7 @@ class TextEncoder:
         emb, mask = self([""])
         self.null = emb[mask > 0].mean(0)                                                        # (E,)
 
-    def __call__(self, captions):
+    def forward(self, captions):
         tokens = self.tokenizer(captions, padding="max_length", truncation=True, max_length=self.length,
                                 return_tensors="pt").to(self.model.device)
         emb = self.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
@@ -293,10 +295,16 @@ def flow_matching_loss(model, x0, noise, t, text_emb, text_mask, target=None):
     return (velocity - (noise - x0 if target is None else target)).square().mean()  # Eq. (2)
 
 
-def euler_times(num_steps, shift=1.):
-    """Times from 1 down to 0, num_steps + 1 of them; shift > 1 spends more of the steps near noise [6]."""
+def euler_times(num_steps, shift=1., terminal=0.):
+    """Times from 1 down to 0, num_steps + 1 of them; shift > 1 spends more of the steps near noise [6].
+
+    terminal > 0: then stretched so that the last of several steps starts there, as LTX-Video's scheduler does.
+    """
     t = torch.linspace(1, 0, num_steps + 1)
-    return (shift * t / (1 + (shift - 1) * t)).tolist()
+    t = shift * t / (1 + (shift - 1) * t)
+    if terminal and num_steps > 1:
+        t[:-1] = 1 - (1 - t[:-1]) * (1 - terminal) / (1 - t[-2])
+    return t.tolist()
 
 
 def advance(x, velocity, t, t_next, noise=None):
@@ -350,7 +358,7 @@ def load_vae(folder, device="cpu", name=None):
     return vae.eval().requires_grad_(False).to(device)
 
 
-def encode_clips(cfg, vae, encode_text, device):
+def encode_clips(cfg, vae, device):
     """Encode every clip once into memory-mapped arrays under out/latents; what an earlier run encoded is kept.
 
     cfg: a GeneratorConfig, or what load_dit says of a generator.
@@ -382,7 +390,7 @@ def encode_clips(cfg, vae, encode_text, device):
                 np.lib.format.open_memmap(folder / f"{kind}.{name}.npy", "w+", np.float16, (n, *shape))
         note.write_text(json.dumps(about))
     barrier()
-    cache = {}
+    cache, encode_text = {}, text_encoder(cfg)
     for kind, n in sizes.items():
         *cache[kind], done = (np.load(folder / f"{kind}.{name}.npy", mmap_mode="r+")
                               for name in ("latents", "text_emb", "text_mask", "done"))
@@ -397,6 +405,7 @@ def encode_clips(cfg, vae, encode_text, device):
             done[i] = 1
         print0(f"{folder}: {n} {kind}, {n - len(todo)} of them encoded before")
     barrier()
+    encode_text.cpu()  # training needs the memory: T5-XXL has 19 GB
     return list(cache.values())
 
 
@@ -426,6 +435,7 @@ class GeneratorConfig(DiTConfig, DataConfig):
     guidance_scale: float = flag(1.25, "classifier-free guidance of the 40-step recipe")
     stochastic: bool = flag(True, "Ours: every step draws fresh noise; --no-stochastic: Euler's method alone")
     shift: float = flag(6., "Ours: above 1, more of the sampling steps go near noise [6]")
+    terminal: float = flag(0., "stretch the times so that the last step starts here, as LTX-Video does; 0: do not")
     timestep_mean: float = flag(1.5, "Ours: t is, in training, the sigmoid of a normal variable [6] of this mean")
     timestep_std: float = flag(1.2, "and of this standard deviation")
 
@@ -443,7 +453,7 @@ class Config(GeneratorConfig, Training):
 
 # Sec. 5: the server model, 2.0B. Ours: batch, guidance, shift, the text encoder, and this stage's part of 200K steps
 PRESETS = {"toy": {}, "paper": PAPER | dict(
-    frames=121, size=(576, 1024), fps=24., depth=28, width=2048, num_heads=32, ffn_dim=8192, text_dim=1024,
+    frames=121, size=(576, 1024), fps=24., depth=28, width=2048, num_heads=32, head_dim=64, ffn_dim=8192, text_dim=1024,
     text_encoder="google/t5-v1_1-large", text_length=128, absolute=False, clean=False, num_clips=10 ** 9,
     steps=148_000, batch_size=1024, lr=5e-5, timestep_mean=0., timestep_std=1., ema=.9999, shift=8.,
     guidance_scale=3., stochastic=False)}
@@ -517,7 +527,7 @@ def generate(model, vae, text, shape, times, guidance_scale=1., stochastic=False
 
 def recipe(about):
     """Times, guidance scale, and whether each step draws noise, that a generator samples with unless told otherwise."""
-    return euler_times(about.num_steps, about.shift), about.guidance_scale, about.stochastic
+    return euler_times(about.num_steps, about.shift, about.terminal), about.guidance_scale, about.stochastic
 
 
 def evaluations(about):
@@ -596,17 +606,16 @@ def main(cfg):
            f"{sum(p.numel() for p in model.parameters()):,} parameters; latents {shape}; {WORLD} x {device.type}")
     about = SimpleNamespace(**{f.name: getattr(cfg, f.name) for f in fields(GeneratorConfig)}, vae=fingerprint(vae),
                             compression=vae.compression, words=[] if cfg.text_encoder else words(cfg))
-    encode_text = text_encoder(cfg)
     if cfg.init:  # our embeddings are less than LTX's by the empty caption's
         with torch.no_grad():
-            model.text_mlp[0].bias += model.text_mlp[0].weight @ encode_text.null.to(device)
+            model.text_mlp[0].bias += model.text_mlp[0].weight @ text_encoder(cfg).null.to(device)
     if not cfg.steps:
         if not cfg.init:
             raise Abort("--steps 0 trains nothing: say with --init which weights to take as they are")
         save_dit(path, 0, cfg, about, model, model, [])
         figures = dict(parameters=sum(p.numel() for p in model.parameters()))
         return summary("DIT", figures, began, "python sample.py, or python prune.py --data FOLDER")
-    cache = encode_clips(cfg, vae, encode_text, device)
+    cache = encode_clips(cfg, vae, device)
     ema, optimizers = copy.deepcopy(model).requires_grad_(False), make_optimizers(model, cfg.lr, cfg.muon_lr)
     start, losses = resume(path, cfg, {"model": model, "ema": ema}, optimizers) if cfg.resume else 0, []
     prepare(model.blocks, cfg)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 import dit
 from dit import (LaterStage, add_noise, average, build, contact_sheet, encode_clips, fingerprint, flow_matching_loss,
-                 load_dit, load_vae, save_dit, score_samples, step_inputs, test_captions, text_encoder, training_batch)
+                 load_dit, load_vae, save_dit, score_samples, step_inputs, test_captions, training_batch)
 from vae import (PAPER, Abort, Meter, Training, dry_run, flag, launch, load, make_optimizers, median_ms, once, prepare,
                  print0, progress, resume, seeded, setup, share, summary, update)
 
@@ -323,7 +323,7 @@ def ablation(cfg, teacher, vae, about, kept, draw, device, trained):
 class Config(LaterStage, Training):
     init: str = flag("", "generator to prune, of any stage; not given: dit.pt in --out")
     budget: float = flag(.52, "parameters of the pruned DiT, at most; up to 1: share of the generator's")
-    groups: tuple = flag((3, 3, 6), "blocks, heads and FFN channels that make a group")
+    groups: tuple = flag((3, 6, 6), "blocks, heads and FFN channels that make a group")
     search_steps: int = flag(60, "steps of the search for the units to keep")
     search_lr: float = flag(.3, "learning rate of the candidates' logits")
     steps: int = flag(3000, "fine-tuning steps")
@@ -377,7 +377,7 @@ def main(cfg):
         raise Abort("--ablation takes --seeds of at least 1 and no --resume")
     path.parent.mkdir(parents=True, exist_ok=True)  # before hours of work that end in a file there
     vae = load_vae(about.out, device, about.vae)
-    cache = encode_clips(about, vae, text_encoder(about), device)
+    cache = encode_clips(about, vae, device)
     draw = partial(training_batch, cfg, about, cache, device)
     if cfg.sensitivity:
         return summary("PRUNE", sensitivity(cfg, teacher, vae, about, draw, device), began)

@@ -253,7 +253,7 @@ def test_command_line_says_what_is_wrong(folder):
             ("none.pt is missing", sample, f"--preset paper --bench --checkpoint {folder}/none.pt"),
             ("multiple of --head_dim", dit, "--dry_run --width 200"),
             ("must be 8", dit, f"--frames 9 --size 32,32 --out {trained()}"),
-            ("--num_heads 4", dit, f"--frames 9 --size 32,32 --in_channels 8 --num_heads 4 --out {trained()}")):
+            ("--num_heads 7", dit, f"--frames 9 --size 32,32 --in_channels 8 --num_heads 7 --out {trained()}")):
         complains(words, module, "--out", str(folder), *flags.split())
     end = subprocess.run([sys.executable, vae.__file__, "--frames", "16"], capture_output=True, text=True)
     assert end.returncode == 2 and end.stderr.count("\n") == 1 and "16 frames" in end.stderr, end.stderr
@@ -442,16 +442,16 @@ def test_bad_files_are_skipped_and_change_no_bit(folder):
     assert all(same(dict(once), dict(other)) for other in others)
     own = replace(TINY_DIT, data=str(data), out=str(folder / "once"), num_clips=10 ** 6, workers=2)
     model, text = dit.load_vae(own.out), dit.text_encoder(own)
-    (latents, emb, mask), = dit.encode_clips(own, model, text, "cpu")
+    (latents, emb, mask), = dit.encode_clips(own, model, "cpu")
     for i in (3, 7, 4, 159):
         video, caption = clips.clip(i)
         close(torch.from_numpy(latents[i]).float(), model.encode(video[None])[0], 1e-3)
         close(torch.from_numpy(emb[i]).float(), text([caption])[0][0], 1e-3)
     for changes, word in (({"fps": 9.}, "fps"), ({"text_length": 5}, "text")):
         own_changed = replace(own, **changes)
-        aborts(f"encoded with other {word}: rename", dit.encode_clips, own_changed, model, text, "cpu")
+        aborts(f"encoded with other {word}: rename", dit.encode_clips, own_changed, model, "cpu")
     other = vae.VAE(TINY_VAE).eval().requires_grad_(False)
-    aborts("encoded with other vae: rename", dit.encode_clips, own, other, text, "cpu")
+    aborts("encoded with other vae: rename", dit.encode_clips, own, other, "cpu")
     (data / "05.mp4").write_bytes(good[:100])
     no = replace(cfg, out=str(folder / "no"), workers=2, steps=300)
     aborts("3 of 20 files are skipped, 10% may be", vae.main, no)
@@ -795,6 +795,16 @@ def test_times():
     assert dit.euler_times(4) == [1, .75, .5, .25, 0]
     times = dit.euler_times(40, 3.)
     assert times[0] == 1 and times[-1] == 0 and times == sorted(times)[::-1] and abs(times[20] - .75) < 1e-6
+    assert dit.euler_times(1, 3., .1) == [1, 0]
+
+
+def test_times_of_ltx_are_diffusers():
+    """Its pipeline's scheduler, as LTX-Video's scheduler/scheduler_config.json sets it up, at 121 x 576 x 1024."""
+    scheduler = optional("diffusers").FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=.95, max_shift=2.05, base_image_seq_len=1024, max_image_seq_len=4096,
+        shift_terminal=.1)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 40, 40), mu=.95 + 1.1 * (16 * 18 * 32 - 1024) / 3072)
+    close(torch.tensor(dit.euler_times(40, 48.6, .1)), scheduler.sigmas, 1e-3)
 
 
 def test_sampler_reaches_a_gaussian_at_first_order():
@@ -855,7 +865,8 @@ def test_latent_cache(folder):
     def encode(name, model=first, encode_text=text, **changes):
         """The cache as tensors, and how many clips were encoded for it."""
         counted = Mock(wraps=encode_text)
-        cache = dit.encode_clips(replace(TINY_DIT, out=str(folder / name), **changes), model, counted, "cpu")
+        with patch.object(dit, "text_encoder", return_value=counted):
+            cache = dit.encode_clips(replace(TINY_DIT, out=str(folder / name), **changes), model, "cpu")
         return [torch.from_numpy(array[:]).float() for array in cache[0]], counted.call_count
 
     whole, count = encode("a")
@@ -1389,7 +1400,7 @@ def test_warm_start_goes_where_the_lessons_lead(folder):
     distill.main(cfg)
     made = vae.load(folder / "distilled.pt")
     assert same(made["ema"], made["model"])                              # an average of one
-    cache = dit.encode_clips(about, dit.load_vae(about.out), dit.text_encoder(about), "cpu")
+    cache = dit.encode_clips(about, dit.load_vae(about.out), "cpu")
     lesson = partial(distill.teach, cfg, other, cache, "cpu")
     before, after = ([distill.Adversaries(cfg, model).generator_loss(
         *distill.training_batch(cfg, lesson, cache, "cpu", i)).item() for i in range(4)]
