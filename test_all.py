@@ -588,6 +588,16 @@ def resumes(module, cfg, folder):
     assert (wrong := [k for k in once if k != "config" and not same(once[k], twice[k])]) == [], wrong
 
 
+def test_vae_is_scored_on_unseen_clips():
+    model, clips = dit.load_vae(trained()), vae.open_clips(TINY_VAE, "full")
+    figures, film = vae.evaluate(model, TINY_VAE)
+    video = torch.stack([clips.video(i) for i in range(48)])             # all at once, evaluate takes one by one
+    output = model.decode(model.encode(video)).clamp(-1, 1)
+    psnr = -20 * ((output - video) / 2).flatten(1).double().norm(dim=1).div(video[0].numel() ** .5).log10().mean()
+    assert abs(figures["psnr"] - psnr) < 1e-3 and figures["readable_true"] > figures["readable_boxes"]
+    close(film, torch.cat([torch.cat([*pair], 2) for pair in zip(video[:6], output[:6])], 3))
+
+
 def test_vae_resumes_to_the_same_bits(folder):
     resumes(vae, TINY_VAE, folder)
     vae.main(replace(TINY_VAE, out=str(folder), seed=1))
