@@ -226,16 +226,19 @@ def load_teacher(cfg, init, about, device):
 def teach(cfg, teacher, cache, device, i):
     """Lesson i: a time t of T, x_t, x0, the clean clips that guided steps of the teacher make of x_t, and captions.
 
-    Ours: the clips share t, and T's take turns. The random numbers are its own, so that a resumed run, which makes it
-    later, makes the same.
+    Ours: the clips share t, and T's take turns. x_t is not a clip's, but where the teacher gets in its own steps from
+    noise, as x_t are what the student meets when it samples [DMD2, arXiv 2405.14867]. The random numbers are the
+    lesson's own, so that a resumed run, which makes it later, makes the same.
     """
-    t, times = euler_times(cfg.num_steps, cfg.shift)[i % cfg.num_steps], euler_times(cfg.target_steps, cfg.shift)
+    times, at = euler_times(cfg.num_steps, cfg.shift), i % cfg.num_steps
+    rest = [times[at] * s for s in euler_times(cfg.target_steps, cfg.shift)]
     with seeded(cfg.targets * cfg.seed + i, device):
         x0, *text = draw_batch(cache, cfg.batch_size, (cfg.seed, i), device)
         noise = partial(draw_noise, cfg.batch_size, x0.shape[1:], device)
-        x_t, renew = add_noise(x0, noise(), x0.new_tensor(t)), noise if cfg.stochastic else None
-        target = sample(teacher, x_t, *text, [t * s for s in times], cfg.guidance_scale, renew)
-    return t, *(y.cpu() for y in (x_t, x0, target, *text))
+        how = cfg.guidance_scale, noise if cfg.stochastic else None
+        x_t = sample(teacher, noise(), *text, times[:at + 1], *how)
+        target = sample(teacher, x_t, *text, rest, *how)
+    return times[at], *(y.cpu() for y in (x_t, x0, target, *text))
 
 
 def training_batch(cfg, lesson, cache, device, step):

@@ -1286,17 +1286,21 @@ def test_lessons_lead_where_the_teacher_goes():
         assert abs(at - t) < 1e-6 and same([x_t, target], [lesson(i)[1], lesson(i)[3]])
         assert same(torch.get_rng_state(), state)                        # so that who makes it later draws the same
         moments = torch.full((2,), at)
-        told_v, untold_v = (teacher(x_t, moments, *y) for y in (told, [0 * y for y in told]))
+        told_v = teacher(x_t, moments, *told)
         close(target, distill.jump(x_t, told_v, moments, 0 * moments))   # one unguided step: the teacher's own guess
         batch = distill.training_batch(cfg, lesson, cache, "cpu", i)
         assert distill.Adversaries(cfg, teacher).generator_loss(*batch) < 1e-6   # of which it has nothing to learn
         torch.set_rng_state(state)
         other = lambda **changes: distill.teach(replace(cfg, **changes), teacher, cache, "cpu", i)[3]
-        close(other(guidance_scale=2.), distill.jump(x_t, 2 * told_v - untold_v, moments, 0 * moments))
         between = dit.sample(teacher, x_t, *told, [at, at * .75])        # T's shift makes .75 of half the way
         close(other(target_steps=2), dit.sample(teacher, between, *told, [at * .75, 0]))
         assert (other(target_steps=2, stochastic=True) - other(target_steps=2)).abs().max() > 1e-3
         assert not same(other(seed=1), target)
+        _, x_t, _, target, *told = distill.teach(replace(cfg, guidance_scale=2.), teacher, cache, "cpu", i)
+        told_v, untold_v = (teacher(x_t, moments, *y) for y in (told, [0 * y for y in told]))
+        close(target, distill.jump(x_t, 2 * told_v - untold_v, moments, 0 * moments))
+        still, moved = (distill.teach(cfg, lambda x, *_: c + 0 * x, cache, "cpu", i)[1] for c in (0, 1))
+        assert (moved - still - at + 1).abs().max() < 1e-5               # as x_t is on the way from noise
 
 
 def test_losses_of_a_step_are_eq_8_and_9():
