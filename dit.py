@@ -364,7 +364,8 @@ def encode_clips(cfg, vae, device):
     cfg: a GeneratorConfig, or what load_dit says of a generator.
     Returns for each kind of clip the arrays latents (n, C, f, h, w), text_emb (n, L, E) and text_mask (n, L).
     """
-    folder, clips, note = Path(cfg.out) / "latents", open_clips(cfg), Path(cfg.out) / "latents" / "about.json"
+    folder, clips, encode_text = Path(cfg.out) / "latents", open_clips(cfg), text_encoder(cfg)
+    note = folder / "about.json"
     sizes = {kind: min(len(indices), cfg.num_clips) for kind, indices in clips.kinds.items()}
     names = [f.name for f in clips.files] if cfg.data != "synthetic" else map(clips.caption, range(1000))
     files = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
@@ -390,7 +391,7 @@ def encode_clips(cfg, vae, device):
                 np.lib.format.open_memmap(folder / f"{kind}.{name}.npy", "w+", np.float16, (n, *shape))
         note.write_text(json.dumps(about))
     barrier()
-    cache, encode_text = {}, text_encoder(cfg)
+    cache = {}
     for kind, n in sizes.items():
         *cache[kind], done = (np.load(folder / f"{kind}.{name}.npy", mmap_mode="r+")
                               for name in ("latents", "text_emb", "text_mask", "done"))

@@ -806,6 +806,7 @@ def test_times():
     times = dit.euler_times(40, 3.)
     assert times[0] == 1 and times[-1] == 0 and times == sorted(times)[::-1] and abs(times[20] - .75) < 1e-6
     assert dit.euler_times(1, 3., .1) == [1, 0]
+    assert dit.recipe(replace(TINY_DIT, shift=3., terminal=.1))[0] == dit.euler_times(TINY_DIT.num_steps, 3., .1)
 
 
 def test_times_of_ltx_are_diffusers():
@@ -877,6 +878,7 @@ def test_latent_cache(folder):
         counted = Mock(wraps=encode_text)
         with patch.object(dit, "text_encoder", return_value=counted):
             cache = dit.encode_clips(replace(TINY_DIT, out=str(folder / name), **changes), model, "cpu")
+        counted.cpu.assert_called_once_with()                            # it leaves a GPU to the training
         return [torch.from_numpy(array[:]).float() for array in cache[0]], counted.call_count
 
     whole, count = encode("a")
