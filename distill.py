@@ -24,7 +24,7 @@ import dit
 from dit import (Attention, Block, DiT, LaterStage, add_noise, average, draw_batch, encode_clips, euler_times,
                  evaluations, fingerprint, load_dit, load_vae, make_videos, recipe, rms_norm, sample, save_dit,
                  score_samples, step_inputs, test_captions, text_encoder)
-from vae import (PAPER, VAE, WORLD, Abort, Training, VAEConfig, draw_noise, dry_run, flag, launch, load,
+from vae import (PAPER, TOY, VAE, WORLD, Abort, Training, VAEConfig, draw_noise, dry_run, flag, launch, load,
                  make_optimizers, median_ms, once, prepare, print0, progress, resume, seeded, setup, share, summary,
                  update, write_png)
 
@@ -57,7 +57,7 @@ class Config(LaterStage, Training):
     score_clips: int = flag(48, "unseen captions of each test set whose samples are scored; 0 for none")
 
 
-PRESETS = {"toy": {}, "paper": PAPER | dict(  # Sec. 5. Ours: the batch, which the paper leaves open, and K
+PRESETS = {"toy": TOY, "paper": PAPER | dict(  # Sec. 5. Ours: the batch, which the paper leaves open, and K
     targets=0, warm_steps=0, steps=20_000, batch_size=64, shift=1., stochastic=False, lr=1e-6, head_lr=1e-4, trunk=10,
     gpus=64)}
 
@@ -232,7 +232,7 @@ def teach(cfg, teacher, cache, device, i):
     """
     times, at = euler_times(cfg.num_steps, cfg.shift), i % cfg.num_steps
     rest = [times[at] * s for s in euler_times(cfg.target_steps, cfg.shift)]
-    with seeded(cfg.targets * cfg.seed + i, device):
+    with seeded(cfg.targets * cfg.seed + i, device), torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
         x0, *text = draw_batch(cache, cfg.batch_size, (cfg.seed, i), device)
         noise = partial(draw_noise, cfg.batch_size, x0.shape[1:], device)
         how = cfg.guidance_scale, noise if cfg.stochastic else None
@@ -403,7 +403,8 @@ def main(cfg):
         return summary("DISTILL", figures, began)
     warm = warm_start(cfg, generator, lesson, cache, device, path) if cfg.warm_steps and not again else generator
     ema, student = train(cfg, path, generator, warm, lesson, about, cache, device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
+    fast = cfg.bf16 and device.type != "cpu"  # which would convert the weights at every call
+    with torch.autocast(device.type, torch.bfloat16, enabled=fast):
         figures = speed(generator, ema, vae, about, student)
         if cfg.score_clips and about.data == "synthetic":
             print0(HEADER)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 import vae as vae_stage
-from vae import (PAPER, RANK, VAE, WORLD, Abort, DataConfig, Stage, Training, VAEConfig, barrier, caption, draw,
+from vae import (PAPER, RANK, TOY, VAE, WORLD, Abort, DataConfig, Stage, Training, VAEConfig, barrier, caption, draw,
                  draw_noise, dry_run, flag, launch, load, make_optimizers, once, open_clips, prepare, print0, progress,
                  read_ltx, reconstruct_clips, resume, save, score, script_of, setup, share, summary, update, words,
                  write_png)
@@ -111,7 +111,9 @@ class Attention(nn.Module):
             cos, sin = (table[:, self.head_ids].flatten(1) for table in rope)                    # (N, inner // 2)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         q, k, v = (y.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for y in (q, k, v))
-        return self.to_out(F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2))
+        with torch.autocast("cpu", enabled=False):             # torch 2.13 takes ten times as long in bf16, back
+            y = F.scaled_dot_product_attention(q, k, v.to(q.dtype), bias)                        # (B, heads, N, ...)
+        return self.to_out(y.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -453,7 +455,7 @@ class Config(GeneratorConfig, Training):
 
 
 # Sec. 5: the server model, 2.0B. Ours: batch, guidance, shift, the text encoder, and this stage's part of 200K steps
-PRESETS = {"toy": {}, "paper": PAPER | dict(
+PRESETS = {"toy": TOY, "paper": PAPER | dict(
     frames=121, size=(576, 1024), fps=24., depth=28, width=2048, num_heads=32, head_dim=64, ffn_dim=8192, text_dim=1024,
     text_encoder="google/t5-v1_1-large", text_length=128, absolute=False, clean=False, num_clips=10 ** 9,
     steps=148_000, batch_size=1024, lr=5e-5, timestep_mean=0., timestep_std=1., ema=.9999, shift=8.,

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 import dit
 from dit import (LaterStage, add_noise, average, build, contact_sheet, encode_clips, fingerprint, flow_matching_loss,
                  load_dit, load_vae, save_dit, score_samples, step_inputs, test_captions, training_batch)
-from vae import (PAPER, Abort, Meter, Training, dry_run, flag, launch, load, make_optimizers, median_ms, once, prepare,
-                 print0, progress, resume, seeded, setup, share, summary, update)
+from vae import (PAPER, TOY, Abort, Meter, Training, dry_run, flag, launch, load, make_optimizers, median_ms, once,
+                 prepare, print0, progress, resume, seeded, setup, share, summary, update)
 
 # ------------------------------------------------------------------------------------------------ candidates
 SIZES = "depth", "num_heads", "ffn_dim"             # of a DiT, one for each level of granularity
@@ -338,7 +338,7 @@ class Config(LaterStage, Training):
     seeds: int = flag(1, "runs of each way in --ablation")
 
 
-PRESETS = {"toy": {}, "paper": PAPER | dict(  # Sec. 4.2.1. Ours: batch, and steps, of which the paper has dit.py's too
+PRESETS = {"toy": TOY, "paper": PAPER | dict(  # Sec. 4.2.1. Ours: batch, and steps, of which the paper has dit.py's too
     budget=1e9, groups=(7, 8, 4), search_steps=2000, search_lr=.01, steps=50_000, batch_size=1024, lr=5e-5,
     ema=.9999, output_kd=False)}
 

@@ -125,7 +125,8 @@ def run(pattern=""):
 
 # ------------------------------------------------------------------------------------------------ vae.py: plumbing
 def test_muon_learning_rate_and_update():
-    weights = [torch.nn.Parameter(torch.zeros(shape).double()) for shape in ((24, 24), (16, 40), (40, 16), (16, 8, 5))]
+    shapes = (24, 24), (16, 40), (40, 16), (16, 8, 5), (16, 40), (16, 8, 5)       # those of one shape go together
+    weights = [torch.nn.Parameter(torch.zeros(shape).double()) for shape in shapes]
     for weight in weights:
         weight.grad = torch.randn_like(weight)
     vae.Muon(weights, 1.).step()

@@ -77,7 +77,7 @@ class Training(Stage):
     muon_lr: float = flag(.02, "Muon's, for the blocks' matrices and kernels; 0: AdamW trains them too")
     accumulate: int = flag(1, "micro-batches that a process makes of its share of a batch, to need less memory")
     clip: float = flag(0., "gradients are at most this long; 0: as long as they come")
-    bf16: bool = flag(False, "compute in bfloat16, the weights stay float32")
+    bf16: bool = flag(False, "compute in bfloat16; weights stay float32. The toy: where the CPU is made for it")
     checkpointing: bool = flag(False, "keep only the blocks' inputs for the backward pass, compute the rest again")
     compile: bool = flag(False, "compile the blocks with torch.compile")
     save_every: int = flag(200, "steps between checkpoints")
@@ -98,6 +98,8 @@ class Training(Stage):
                         f"{self.accumulate} micro-batches: change it or --accumulate")
 
 
+BF16 = any(torch.cpu.get_capabilities().get(kind + "_bf16") for kind in ("avx512", "amx"))
+TOY = dict(bf16=BF16 and not torch.cuda.is_available())  # Ours: a GPU launches kernels for longer than they take
 PAPER = dict(muon_lr=0., clip=1., bf16=True, checkpointing=True, compile=True, save_every=1000, gpus=128)  # Ours: clip
 
 
@@ -210,8 +212,8 @@ def learning_rate(step, steps):
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, for matrices and convolution kernels [Jordan et al. 2024].
 
-    Ours: on the toy it learns several times faster than AdamW. torch.optim.Muon takes no convolutions and computes in
-    bfloat16, slow on a CPU; here Newton-Schulz runs on the small Gram matrix, with the Polar Express coefficients.
+    Ours: on the toy it learns several times faster than AdamW. torch.optim.Muon takes no convolutions and one matrix
+    after another; here Newton-Schulz runs on the small Gram matrices, with the Polar Express coefficients.
     """
     COEFFICIENTS = (8.2872, -23.5959, 17.3004), (4.1071, -2.9478, .5448), (3.9487, -2.9089, .5518)
 
@@ -221,22 +223,27 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         group, = self.param_groups
+        alike = {}  # those of one shape are stepped together
         for p in group["params"]:
             if p.grad is not None:
-                average = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                average.lerp_(p.grad, 1 - group["momentum"])
-                update = self.orthogonal(p.grad.lerp(average, group["momentum"]).flatten(1)).reshape(p.shape)
-                p.add_(update, alpha=-group["lr"] * max(1, len(p) / p[0].numel()) ** .5)
+                alike.setdefault(p.shape, []).append(p)
+        for (m, *n), params in alike.items():
+            grads = [p.grad for p in params]
+            averages = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+            torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
+            updates = torch.stack(torch._foreach_lerp(grads, averages, group["momentum"]))
+            updates = self.orthogonal(updates.flatten(2)).reshape(updates.shape)
+            torch._foreach_add_(params, updates.unbind(), alpha=-group["lr"] * max(1, m / math.prod(n)) ** .5)
 
     def orthogonal(self, x):
-        """About U V^T of the singular value decomposition U S V^T of x (m, n)."""
-        if x.shape[0] > x.shape[1]:
-            return self.orthogonal(x.T).T
-        x = x / (1.01 * x.norm() + 1e-7)
-        gram = x @ x.T
+        """About U V^T of the singular value decompositions U S V^T of x (k, m, n)."""
+        if x.shape[1] > x.shape[2]:
+            return self.orthogonal(x.mT).mT
+        x = x / (1.01 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        gram = x @ x.mT
         for i, (a, b, c) in enumerate(self.COEFFICIENTS):
-            factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-            factor.diagonal().add_(a)
+            factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            factor.diagonal(dim1=1, dim2=2).add_(a)
             gram = factor @ gram @ factor if i < len(self.COEFFICIENTS) - 1 else None
             product = factor @ product if i else factor
         return product @ x
@@ -288,7 +295,8 @@ def update(loss, batch, optimizers, step, cfg, path):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("peak", group["lr"]) * learning_rate(step, cfg.steps)
-        optimizer.step()
+        with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=cfg.bf16):  # for Muon's products
+            optimizer.step()
         optimizer.zero_grad()
     return means
 
@@ -1070,7 +1078,7 @@ class Config(VAEConfig, Training):
     log_every: int = flag(100)
 
 
-PRESETS = {"toy": {}, "paper": PAPER | dict(  # LTX's own sizes: 419,193,649 parameters. Ours: batch and clips
+PRESETS = {"toy": TOY, "paper": PAPER | dict(  # LTX's own sizes: 419,193,649 parameters. Ours: batch and clips
     frames=33, size=(512, 512), fps=24., patch=0, widths=(128, 256, 512, 512), encoder_blocks=(4, 3, 3, 7),
     decoder_blocks=(4, 3, 3, 7), light=False, steps=200_000, batch_size=128, crop=(0, 0, 0), lr=5e-5, kl_weight=1e-4,
     consistency_weight=.1, workers=8)}
