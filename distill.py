@@ -232,7 +232,8 @@ def teach(cfg, teacher, cache, device, i):
     """
     times, at = euler_times(cfg.num_steps, cfg.shift), i % cfg.num_steps
     rest = [times[at] * s for s in euler_times(cfg.target_steps, cfg.shift)]
-    with seeded(cfg.targets * cfg.seed + i, device), torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
+    bf16 = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cfg.bf16)
+    with seeded(cfg.targets * cfg.seed + i, device), bf16:
         x0, *text = draw_batch(cache, cfg.batch_size, (cfg.seed, i), device)
         noise = partial(draw_noise, cfg.batch_size, x0.shape[1:], device)
         how = cfg.guidance_scale, noise if cfg.stochastic else None
@@ -403,7 +404,7 @@ def main(cfg):
         return summary("DISTILL", figures, began)
     warm = warm_start(cfg, generator, lesson, cache, device, path) if cfg.warm_steps and not again else generator
     ema, student = train(cfg, path, generator, warm, lesson, about, cache, device)
-    fast = cfg.bf16 and device.type != "cpu"  # which would convert the weights at every call
+    fast = cfg.bf16 and device.type != "cpu"  # on a CPU autocast would convert the weights at every call
     with torch.autocast(device.type, torch.bfloat16, enabled=fast):
         figures = speed(generator, ema, vae, about, student)
         if cfg.score_clips and about.data == "synthetic":

@@ -111,9 +111,7 @@ class Attention(nn.Module):
             cos, sin = (table[:, self.head_ids].flatten(1) for table in rope)                    # (N, inner // 2)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         q, k, v = (y.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for y in (q, k, v))
-        with torch.autocast("cpu", enabled=False):             # torch 2.13 takes ten times as long in bf16, back
-            y = F.scaled_dot_product_attention(q, k, v.to(q.dtype), bias)                        # (B, heads, N, ...)
-        return self.to_out(y.transpose(1, 2).flatten(2))
+        return self.to_out(F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):

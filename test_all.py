@@ -1202,7 +1202,7 @@ def test_prune_resumes_to_the_same_bits_and_says_what_is_wrong(folder):
                          ("no --resume", "--resume --ablation"), ("--seeds of at least 1", "--ablation --seeds 0"),
                          ("was not pruned from", f"--resume --init {once}/dit.pt --groups 2,1,4")):
         values = {f.name: getattr(TINY_PRUNE, f.name) for f in fields(TINY_PRUNE) if f.type in (int, float)}
-        tiny = [f"--{k}={v}" for k, v in values.items()] + ["--groups=2,2,4", f"--out={twice}"]
+        tiny = [f"--{k}={v}" for k, v in values.items()] + ["--no-bf16", "--groups=2,2,4", f"--out={twice}"]
         complains(words, prune, *tiny, *flags.split())
 
 
@@ -1482,15 +1482,14 @@ def test_micro_batches_and_recomputing_change_nothing(folder):
 
 
 def test_bf16_is_close(folder):
-    attention, seen = torch.nn.functional.scaled_dot_product_attention, set()
+    attention, seen, own = torch.nn.functional.scaled_dot_product_attention, set(), copies(folder)
 
     def recorded(q, k, v, bias):
-        seen.update((torch.is_autocast_enabled("cpu"), x.dtype) for x in (q, k, v))
+        seen.add(torch.backends.cuda.flash_sdp_enabled())
         return attention(q, k, v, bias)
     with patch.object(dit.F, "scaled_dot_product_attention", recorded):
-        train_all(copies(folder), bf16=True)
-    assert (False, torch.float32) in seen and {dtype for _, dtype in seen} == {torch.float32}, \
-        "torch 2.13's attention in bfloat16 takes ten times as long on a CPU, backwards"
+        train_all(own, bf16=True)
+    assert seen == {False}, "torch 2.13's takes ten times as long as plain attention in bfloat16 on a CPU, backwards"
     for ours, whole in zip(weights(folder), alone(), strict=True):
         assert 1e-6 < (ours - whole).norm() / whole.norm() < 1e-2
 

@@ -77,7 +77,7 @@ class Training(Stage):
     muon_lr: float = flag(.02, "Muon's, for the blocks' matrices and kernels; 0: AdamW trains them too")
     accumulate: int = flag(1, "micro-batches that a process makes of its share of a batch, to need less memory")
     clip: float = flag(0., "gradients are at most this long; 0: as long as they come")
-    bf16: bool = flag(False, "compute in bfloat16; weights stay float32. The toy: where the CPU is made for it")
+    bf16: bool = flag(False, "compute in bfloat16, the weights stay float32; the toy: on CPUs made for it")
     checkpointing: bool = flag(False, "keep only the blocks' inputs for the backward pass, compute the rest again")
     compile: bool = flag(False, "compile the blocks with torch.compile")
     save_every: int = flag(200, "steps between checkpoints")
@@ -99,7 +99,7 @@ class Training(Stage):
 
 
 BF16 = any(torch.cpu.get_capabilities().get(kind + "_bf16") for kind in ("avx512", "amx"))
-TOY = dict(bf16=BF16 and not torch.cuda.is_available())  # Ours: a GPU launches kernels for longer than they take
+TOY = dict(bf16=BF16 and not torch.cuda.is_available())  # Ours: a GPU waits for launches, not for products
 PAPER = dict(muon_lr=0., clip=1., bf16=True, checkpointing=True, compile=True, save_every=1000, gpus=128)  # Ours: clip
 
 
@@ -147,6 +147,8 @@ def setup(cfg):
             store = dist.PrefixStore(restart, next(dist.rendezvous("env://"))[0])
             dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=RANK, world_size=WORLD,
                                     timeout=timedelta(days=1))  # they end their shares of encode_clips hours apart
+    # torch 2.13's own attention takes ten times as long as a plain one on a CPU in bfloat16, backwards.
+    torch.backends.cuda.enable_flash_sdp(cuda or not getattr(cfg, "bf16", False))
     torch.manual_seed(cfg.seed)
     return device
 
@@ -212,8 +214,8 @@ def learning_rate(step, steps):
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, for matrices and convolution kernels [Jordan et al. 2024].
 
-    Ours: on the toy it learns several times faster than AdamW. torch.optim.Muon takes no convolutions and one matrix
-    after another; here Newton-Schulz runs on the small Gram matrices, with the Polar Express coefficients.
+    Ours: on the toy it learns several times faster than AdamW. torch.optim.Muon takes no convolutions, and steps one
+    matrix after another; here Newton-Schulz runs on the small Gram matrices, with the Polar Express coefficients.
     """
     COEFFICIENTS = (8.2872, -23.5959, 17.3004), (4.1071, -2.9478, .5448), (3.9487, -2.9089, .5518)
 
