@@ -17,7 +17,7 @@ import sys
 import time
 import weakref
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -30,6 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -147,8 +148,6 @@ def setup(cfg):
             store = dist.PrefixStore(restart, next(dist.rendezvous("env://"))[0])
             dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=RANK, world_size=WORLD,
                                     timeout=timedelta(days=1))  # they end their shares of encode_clips hours apart
-    # torch 2.13's own attention takes ten times as long as a plain one on a CPU in bfloat16, backwards.
-    torch.backends.cuda.enable_flash_sdp(cuda or not getattr(cfg, "bf16", False))
     torch.manual_seed(cfg.seed)
     return device
 
@@ -278,12 +277,14 @@ def update(loss, batch, optimizers, step, cfg, path):
     batch: tensors of this process's share, which loss(*tensors) takes in cfg.accumulate micro-batches. It returns a
     scalar, or a vector whose first entry is the loss. Returns the vector's mean over micro-batches and processes.
     """
-    means = 0
-    for part in zip(*(x.chunk(cfg.accumulate) for x in batch)):
-        with torch.autocast(part[0].device.type, torch.bfloat16, enabled=cfg.bf16):
-            values = loss(*part).reshape(-1) / (cfg.accumulate * WORLD)
-        values[0].backward()
-        means = means + values.detach()
+    means, bf16 = 0, torch.autocast(batch[0].device.type, torch.bfloat16, enabled=cfg.bf16)
+    # torch 2.13's own attention takes ten times as long as a plain one on a CPU in bfloat16, backwards.
+    with sdpa_kernel(SDPBackend.MATH) if cfg.bf16 and batch[0].is_cpu else nullcontext():
+        for part in zip(*(x.chunk(cfg.accumulate) for x in batch)):
+            with bf16:
+                values = loss(*part).reshape(-1) / (cfg.accumulate * WORLD)
+            values[0].backward()
+            means = means + values.detach()
     params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     for x in [means, *(p.grad for p in params if p.grad is not None)] * (WORLD > 1):
         with together():
@@ -297,7 +298,7 @@ def update(loss, batch, optimizers, step, cfg, path):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("peak", group["lr"]) * learning_rate(step, cfg.steps)
-        with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=cfg.bf16):  # for Muon's products
+        with bf16:  # for Muon's products
             optimizer.step()
         optimizer.zero_grad()
     return means
