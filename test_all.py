@@ -1488,12 +1488,21 @@ def test_bf16_is_close(folder):
         if torch.is_grad_enabled() and torch.is_autocast_enabled("cpu"):
             seen.add(torch.backends.cuda.flash_sdp_enabled())
         return attention(q, k, v, bias)
-    with patch.object(dit.F, "scaled_dot_product_attention", recorded):
+    orthogonal, products = vae.Muon.orthogonal, set()
+
+    def watched(self, x):
+        products.add((y := orthogonal(self, x)).dtype)
+        return y
+    with patch.object(dit.F, "scaled_dot_product_attention", recorded), patch.object(vae.Muon, "orthogonal", watched):
         train_all(own, bf16=True)
-    assert torch.backends.cuda.flash_sdp_enabled()
+    assert products == {torch.bfloat16} and torch.backends.cuda.flash_sdp_enabled()
     assert seen == {False}, "torch 2.13's takes ten times as long as plain attention in bfloat16 on a CPU, backwards"
     for ours, whole in zip(weights(folder), alone(), strict=True):
         assert 1e-6 < (ours - whole).norm() / whole.norm() < 1e-2
+    assert all(module.PRESETS["toy"] == vae.TOY for module in STAGES)
+    if Path("/proc/cpuinfo").exists() and not torch.cuda.is_available():
+        said = Path("/proc/cpuinfo").read_text()
+        assert any(name in said for name in ("avx512_bf16", "amx_bf16")) <= vae.TOY["bf16"]
 
 
 JOB = """

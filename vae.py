@@ -99,8 +99,9 @@ class Training(Stage):
                         f"{self.accumulate} micro-batches: change it or --accumulate")
 
 
-BF16 = any(torch.cpu.get_capabilities().get(kind + "_bf16") for kind in ("avx512", "amx"))
-TOY = dict(bf16=BF16 and not torch.cuda.is_available())  # Ours: a GPU waits for launches, not for products
+# Ours: bfloat16 where a CPU has instructions for it; on a GPU the toy waits for launches, not for products.
+TOY = dict(bf16=not torch.cuda.is_available() and any(
+    torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16")))
 PAPER = dict(muon_lr=0., clip=1., bf16=True, checkpointing=True, compile=True, save_every=1000, gpus=128)  # Ours: clip
 
 
