@@ -33,12 +33,10 @@ from vae import (PAPER, TOY, VAE, WORLD, Abort, Training, VAEConfig, draw_noise,
 class Config(LaterStage, Training):
     init: str = flag("", "generator to distil; not given: out/pruned.pt, or out/dit.pt if there is none")
     teacher: str = flag("", "generator that makes targets of L_recon; not given: dit.pt beside init, or else init")
-    targets: int = flag(100, "Ours: batches that have clean clips of the teacher for targets; 0: x0, as printed")
+    targets: int = flag(50, "Ours: batches that the teacher samples, to be targets; 0: x0 is the target, as printed")
     target_steps: int = flag(8, "guided steps in which the teacher makes a target")
-    guidance_scale: float = flag(1.5, "and their guidance")
+    guidance_scale: float = flag(1.5, "guidance of the teacher's steps; the student has none")
     warm_steps: int = flag(400, "Ours: steps towards the targets alone, before the adversary joins")
-    warm_lr: float = flag(1e-3, "their learning rate, AdamW's")
-    warm_muon_lr: float = flag(.01, "and Muon's; 0: AdamW alone")
     steps: int = flag(200)
     lr: float = flag(1e-4, "the generator's learning rate, AdamW")
     head_lr: float = flag(2e-3, "the discriminator's heads'")
@@ -49,12 +47,15 @@ class Config(LaterStage, Training):
     stochastic: bool = flag(True, "Ours: its steps draw fresh noise, as x_t does in training; --no-stochastic: Euler's")
     trunk: int = flag(3, "Ours: K, the generator's first blocks, which the discriminator inherits frozen")
     head: str = flag("dit", "discriminator's heads: dit, resblock2d (SnapGen-V's) or resblock3d (PCM's)")
-    adversarial_weight: float = flag(1., "Ours: length of L_adv's gradient at a fake clip, that of L_recon's is 1")
+    adversarial_weight: float = flag(1., "Ours: length of L_adv's gradient at a fake clip; L_recon's is at most 1")
     reconstruction_weight: float = flag(1., "Ours: weight of L_recon")
     huber: float = flag(.04, "Ours: c of the pseudo-Huber loss")
     ablation: bool = flag(False, "train each part of the method and each head alone, and print the table")
     seeds: int = flag(3, "runs a row of the ablation")
     score_clips: int = flag(48, "unseen captions of each test set whose samples are scored; 0 for none")
+
+
+WARM_LR, WARM_MUON_LR = 1e-3, .01  # of the warm start
 
 
 PRESETS = {"toy": TOY, "paper": PAPER | dict(  # Sec. 5. Ours: the batch, which the paper leaves open, and K
@@ -129,6 +130,8 @@ class Discriminator(nn.Module):
             raise Abort(f"--trunk {trunk}: the generator has {generator.cfg.depth} blocks, take 1 to all of them")
         self.generator, self.trunk = generator, trunk
         self.heads = nn.ModuleList(HEADS[head](generator.cfg) for _ in range(1 if head == "dit" else trunk))
+        if head == "dit":  # whose heads of attention take the rotary embedding's slices that the K-th block's have
+            self.heads[0].block.self_attn.head_ids = generator.blocks[trunk - 1].self_attn.head_ids
 
     def forward(self, latents, t, text_emb, text_mask):
         """latents (B, C, f, h, w) of noise level t (B,), captions -> scores (B, heads * N): -1 is real, +1 is fake."""
@@ -140,15 +143,14 @@ class Discriminator(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------ the losses
-def draw_times(count, times, t=None, device=None):
-    """Times t and t' (count,), t' < t, uniformly from the pairs of T and 0, or of those that begin with one t.
+def draw_pairs(count, k, device=None):
+    """Which of T_1 .. T_k is t, and which of the later ones, or of 0, is t': indices (count,), both uniform.
 
     Ours: the 0, as else T_k, where the last step starts, has no t'; and no logit-normal, whose m and s the paper gives,
     but not what it would draw.
     """
-    pairs = torch.combinations(torch.tensor(times, device=device))
-    pairs = pairs if t is None else pairs[pairs[:, 0] == t]
-    return pairs[torch.randint(len(pairs), (count,), device=device)].unbind(1)
+    i = torch.randint(k, (count,), device=device)
+    return i, i + 1 + (torch.rand(count, device=device) * (k - i)).long()
 
 
 def jump(x_t, velocity, t, t_next):
@@ -166,7 +168,7 @@ def reconstruction_loss(x0_hat, x0, c):
     return ((x0_hat - x0).flatten(1).square().sum(1) + c ** 2).sqrt().mean() - c  # Eq. (9), reconstruction
 
 
-def level(gradient, weight, batch_size):
+def lengthen(gradient, weight, batch_size):
     """Ours: L_adv's gradient at each fake clip, made as long as L_recon's at most, 1 / B, times a weight, so that one
     number weighs the two. The paper gives none, and a fixed one is too much later on, as D's slope grows."""
     length = gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1).clamp(min=1e-12)
@@ -203,7 +205,7 @@ class Adversaries:
         if not self.discriminator:
             return reconstruction
         self.discriminator.heads.requires_grad_(False)
-        fake.register_hook(partial(level, weight=self.cfg.adversarial_weight, batch_size=self.cfg.batch_size))
+        fake.register_hook(partial(lengthen, weight=self.cfg.adversarial_weight, batch_size=self.cfg.batch_size))
         adversarial = self.discriminator(fake, t_next, *text).float().mean()  # Eq. (9), adversarial
         return torch.stack([adversarial + self.cfg.reconstruction_weight * reconstruction, adversarial, reconstruction])
 
@@ -212,9 +214,8 @@ def load_teacher(cfg, init, about, device):
     """What makes L_recon's targets, if anything does."""
     if not cfg.targets:
         return None
-    if cfg.targets % cfg.num_steps:
-        raise Abort(f"--targets {cfg.targets} must be a multiple of --num_steps {cfg.num_steps}, as times take turns")
-    path = cfg.teacher or (path if (path := Path(about.out) / "dit.pt").exists() else init)
+    beside = Path(about.out) / "dit.pt"
+    path = cfg.teacher or (beside if beside.exists() else init)
     teacher, its = load_dit(path, device=device)
     if (its.vae, its.text_encoder, its.text_dim) != (about.vae, about.text_encoder, about.text_dim):
         raise Abort(f"{path} has another VAE or text encoder than {init}: name another --teacher or make {init} again")
@@ -224,48 +225,50 @@ def load_teacher(cfg, init, about, device):
 
 @torch.no_grad()
 def teach(cfg, teacher, cache, device, i):
-    """Lesson i: a time t of T, x_t, x0, the clean clips that guided steps of the teacher make of x_t, and captions.
+    """Lesson i: a batch of x_t at each t of T (k, B, C, f, h, w), and the clean clips (B, C, f, h, w) they lead to.
 
-    Ours: the clips share t, and T's take turns. x_t is not a clip's, but where the teacher gets in its own steps from
-    noise, as x_t are what the student meets when it samples [DMD2, arXiv 2405.14867]. The random numbers are the
-    lesson's own, so that a resumed run, which makes it later, makes the same.
+    Ours: x_t is not a noised clip, but where guided steps of the teacher lead from noise, as x_t are what the student
+    meets when it samples [DMD2, arXiv 2405.14867]. The random numbers are the lesson's own, so that a resumed run,
+    which makes it later, makes the same.
     """
-    times, at = euler_times(cfg.num_steps, cfg.shift), i % cfg.num_steps
-    rest = [times[at] * s for s in euler_times(cfg.target_steps, cfg.shift)]
+    times = euler_times(cfg.num_steps, cfg.shift)
+    rest = [times[-2] * s for s in euler_times(cfg.target_steps, cfg.shift)]
     bf16 = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cfg.bf16)
     with seeded(cfg.targets * cfg.seed + i, device), bf16:
         x0, *text = draw_batch(cache, cfg.batch_size, (cfg.seed, i), device)
         noise = partial(draw_noise, cfg.batch_size, x0.shape[1:], device)
         how = cfg.guidance_scale, noise if cfg.stochastic else None
-        x_t = sample(teacher, noise(), *text, times[:at + 1], *how)
-        target = sample(teacher, x_t, *text, rest, *how)
-    return times[at], *(y.cpu() for y in (x_t, x0, target, *text))
+        path = [noise()]
+        for step in zip(times, times[1:-1]):
+            path.append(sample(teacher, path[-1], *text, step, *how))
+        target = sample(teacher, path[-1], *text, rest, *how)
+    return torch.stack(path).cpu(), target.cpu()
 
 
 def training_batch(cfg, lesson, cache, device, step):
     """This process's share of a step's x_t, t, t', x0, noise, target of L_recon, and captions."""
-    if cfg.targets:
-        all_t, *batch = lesson(step % cfg.targets)
-        x_t, x0, target, *text = (y.to(device) for y in batch)
-    else:
-        all_t, (x0, *text) = None, draw_batch(cache, cfg.batch_size, (cfg.seed, step), device)
+    number = step % cfg.targets if cfg.targets else step
+    x0, *text = draw_batch(cache, cfg.batch_size, (cfg.seed, number), device)
+    times = torch.tensor(euler_times(cfg.num_steps, cfg.shift), device=device)
+    i, j = map(share, draw_pairs(cfg.batch_size, cfg.num_steps, device))
     noise = partial(draw_noise, cfg.batch_size, x0.shape[1:], device)
-    t, t_next = map(share, draw_times(cfg.batch_size, euler_times(cfg.num_steps, cfg.shift), all_t, device))
-    if not cfg.targets:
-        x_t, target = add_noise(x0, noise(), t), x0
-    return x_t, t, t_next, x0, noise(), target, *text
+    if cfg.targets:
+        path, target = (y.to(device) for y in lesson(number))
+        x_t = path[i, torch.arange(len(i))]
+    else:
+        x_t, target = add_noise(x0, noise(), times[i]), x0
+    return x_t, times[i], times[j], x0, noise(), target, *text
 
 
-def warm_start(cfg, generator, lesson, cache, device, path):
+def warm_start(cfg, generator, draw):
     """Ours: the generator after it learned L_recon alone, at higher rates: on the toy the adversary alone does not get
     there."""
     cfg, log, began = replace(cfg, steps=cfg.warm_steps), [], time.time()
     model, ema = copy.deepcopy(generator).requires_grad_(), copy.deepcopy(generator)
-    optimizers, loss = make_optimizers(model, cfg.warm_lr, cfg.warm_muon_lr), Adversaries(cfg, model).generator_loss
+    optimizers, loss = make_optimizers(model, WARM_LR, WARM_MUON_LR), Adversaries(cfg, model).generator_loss
     prepare(model.blocks, cfg)
     for step in progress(0, cfg.steps):
-        batch = training_batch(cfg, lesson, cache, device, step)
-        log.append(update(loss, batch, optimizers, step, cfg, path).item())
+        log.append(update(loss, draw(cfg, step), optimizers, step, cfg).item())
         average(ema, model, cfg.ema, step)
         if (step + 1) % cfg.log_every == 0:
             print0(f"warm start {step + 1}/{cfg.steps}  reconstruction {np.mean(log[-cfg.log_every:]):.3f}  "
@@ -273,7 +276,7 @@ def warm_start(cfg, generator, lesson, cache, device, path):
     return ema
 
 
-def train(cfg, path, generator, warm, lesson, about, cache, device):
+def train(cfg, path, generator, warm, draw, about):
     """Distil the generator from where its warm start ended. Writes checkpoints to path.
 
     Returns the averaged generator and what it is and makes.
@@ -283,18 +286,18 @@ def train(cfg, path, generator, warm, lesson, about, cache, device):
                distilled=fingerprint(generator, ""))  # by which --resume knows what it went on from
     student = SimpleNamespace(**vars(about) | how)
     model, ema = copy.deepcopy(warm).requires_grad_(), copy.deepcopy(warm)
-    heads = (discriminator := Discriminator(generator, cfg.trunk, cfg.head).to(device)).heads
+    heads = (discriminator := Discriminator(generator, cfg.trunk, cfg.head).to(generator.table.device)).heads
     optimizers, head_optimizers = make_optimizers(model, cfg.lr, cfg.muon_lr), make_optimizers(heads, cfg.head_lr, 0)
     losses, both = Adversaries(cfg, model, discriminator), optimizers + head_optimizers
-    start = resume(path, cfg, dict(model=model, ema=ema, heads=heads), both) if cfg.resume else 0
+    start = resume(path, cfg, dict(model=model, ema=ema, heads=heads), both)
     if not start:
         save_dit(path, 0, cfg, student, model, ema, both, heads=heads)  # --resume need not start warm again
     prepare([*model.blocks, *heads], cfg), prepare(generator.blocks, replace(cfg, compile=False))  # is timed later
     began, log = time.time(), []
     for step in progress(start, cfg.steps):
-        batch = training_batch(cfg, lesson, cache, device, step)
-        _, *scores = update(losses.discriminator_loss, batch, head_optimizers, step, cfg, path)
-        _, *parts = update(losses.generator_loss, batch, optimizers, step, cfg, path)
+        batch = draw(cfg, step)
+        _, *scores = update(losses.discriminator_loss, batch, head_optimizers, step, cfg)
+        _, *parts = update(losses.generator_loss, batch, optimizers, step, cfg)
         average(ema, model, cfg.ema, step)
         log.append([value.item() for value in scores + parts])
         if (step + 1) % cfg.log_every == 0:
@@ -311,12 +314,13 @@ COLUMNS = "full_semantic", "full_quality", "full_total", "open_semantic", "open_
 HEADER = " " * 48 + "".join(f"{column:>14}" for column in COLUMNS)
 
 
-def evaluate(table, name, models, vae, about, count, *recipe):
+def evaluate(table, name, models, vae, about, count, *how):
     """Add a row of scores on both test sets, means over the models and their spread; returns the means by column."""
     values = []
     for model in models:
-        scores = {s: score_samples(model, vae, about, s, count, *recipe) for s in ("full", "open")}
-        values.append([scores[column[:4]][column[5:]] for column in COLUMNS])
+        scores = {f"{split}_{key}": figure for split in ("full", "open")
+                  for key, figure in score_samples(model, vae, about, split, count, *how).items()}
+        values.append([scores[column] for column in COLUMNS])
     means = np.mean(values, 0).tolist()
     cell = "{:8.3f} {:.3f}" if len(models) > 1 else "{:14.3f}"  # format leaves the spread of one out
     table.append(f"{name:48}" + "".join(map(cell.format, means, np.std(values, 0))))
@@ -324,7 +328,7 @@ def evaluate(table, name, models, vae, about, count, *recipe):
     return dict(zip(COLUMNS, means))
 
 
-def ablation(cfg, path, generator, lesson, vae, about, *rest):
+def ablation(cfg, path, generator, draw, vae, about):
     """Table 5, and each part of the method alone, in as many steps; into out/ablation.txt. Returns the last's figures.
 
     The warm start and its lessons are those of one seed; the spread is of what follows.
@@ -340,11 +344,11 @@ def ablation(cfg, path, generator, lesson, vae, about, *rest):
     for name, *how in (("guided", many, guidance_scale, stochastic), ("unguided", many, 1., stochastic),
                        ("few steps", *few(cfg.num_steps))):
         evaluate(table, f"not distilled, {name}", [generator], vae, about, cfg.score_clips, *how)
-    warm = warm_start(cfg, generator, lesson, *rest, path)
+    warm = warm_start(cfg, generator, draw)
     evaluate(table, "warm start", [warm], vae, about, cfg.score_clips, *few(cfg.num_steps))
     for name, changes in parts.items():
         models = [train(replace(cfg, seed=seed, resume=False, **changes), path, generator,
-                        generator if "targets" in changes else warm, lesson, about, *rest)[0]
+                        generator if "targets" in changes else warm, draw, about)[0]
                   for seed in range(cfg.seed, cfg.seed + cfg.seeds)]
         figures = evaluate(table, name, models, vae, about, cfg.score_clips, *few(cfg.num_steps))
     for n in 1, 2, 8:
@@ -399,11 +403,12 @@ def main(cfg):
         raise Abort(f"{path} was not distilled from {init} as that is now: start again without --resume")
     cache = encode_clips(about, vae, device)
     lesson = lru_cache(None)(partial(teach, cfg, teacher, cache, device))
+    draw = lambda cfg, step: training_batch(cfg, lesson, cache, device, step)
     if cfg.ablation:
-        figures = ablation(cfg, out / "ablation.pt", generator, lesson, vae, about, cache, device)
+        figures = ablation(cfg, out / "ablation.pt", generator, draw, vae, about)
         return summary("DISTILL", figures, began)
-    warm = warm_start(cfg, generator, lesson, cache, device, path) if cfg.warm_steps and not again else generator
-    ema, student = train(cfg, path, generator, warm, lesson, about, cache, device)
+    warm = warm_start(cfg, generator, draw) if cfg.warm_steps and not again else generator
+    ema, student = train(cfg, path, generator, warm, draw, about)
     fast = cfg.bf16 and device.type != "cpu"  # on a CPU autocast would convert the weights at every call
     with torch.autocast(device.type, torch.bfloat16, enabled=fast):
         figures = speed(generator, ema, vae, about, student)

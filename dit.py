@@ -47,10 +47,18 @@ class DiTConfig:
     clean: bool = flag(True, "Ours: the network outputs clean latents, to which the velocity leads [Li & He 2025]")
 
 
-def rms_norm(x, weight=None, eps=1e-6):
+def rms_norm(x, eps=1e-6):
     """By hand: Core ML's conversion of torch's own goes wrong on small inputs."""
-    x = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return x if weight is None else x * weight
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width, eps):
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return rms_norm(x, self.eps) * self.weight
 
 
 def modulate(x, shift, scale):
@@ -95,8 +103,7 @@ class Attention(nn.Module):
     def __init__(self, width, num_heads, head_dim):
         super().__init__()
         self.num_heads, self.head_dim, inner = num_heads, head_dim, num_heads * head_dim
-        self.eps = 1e-5 * width / inner  # LTX's. Ours: more where heads are pruned, whose zeros the mean leaves out
-        self.norm_q, self.norm_k = nn.Parameter(torch.ones(inner)), nn.Parameter(torch.ones(inner))
+        self.norm_q, self.norm_k = RMSNorm(inner, 1e-5), RMSNorm(inner, 1e-5)
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, inner) for _ in range(3))
         self.to_out = nn.Linear(inner, width)
         self.register_buffer("head_ids", torch.arange(num_heads))
@@ -104,9 +111,7 @@ class Attention(nn.Module):
     def forward(self, x, context=None, bias=None, rope=None):
         """x (B, N, D), context (B, L, D) or None for x itself, bias (B, 1, 1, L), rope two of (N, heads, ...)."""
         context = x if context is None else context
-        q = rms_norm(self.to_q(x), self.norm_q, self.eps)                                        # (B, N, inner)
-        k = rms_norm(self.to_k(context), self.norm_k, self.eps)                                  # (B, L, inner)
-        v = self.to_v(context)
+        q, k, v = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(context)), self.to_v(context)  # (B, N or L, inner)
         if rope is not None:
             cos, sin = (table[:, self.head_ids].flatten(1) for table in rope)                    # (N, inner // 2)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -160,10 +165,8 @@ class DiT(nn.Module):
         embedded = self.time_mlp(timestep_embedding(t).to(x.dtype))                              # (B, D)
         modulation = self.modulation(embedded).unflatten(-1, (6, self.cfg.width))                # (B, 6, D)
         text = self.text_mlp(text_emb)                                                           # (B, L, D)
-        dtype = self.table.dtype                                         # not that of autocast, which is too coarse
-        bias = (text_mask.to(dtype)[:, None, None] - 1) * 1e4                                    # (B, 1, 1, L)
-        tables = [table.to(dtype) for table in                                                   # (N, D // 2)
-                  rope_tables(latents.shape[2:], self.cfg.width, self.fps, self.compression, x.device)]
+        bias = (text_mask[:, None, None] - 1) * 1e4                                              # (B, 1, 1, L)
+        tables = rope_tables(latents.shape[2:], self.cfg.width, self.fps, self.compression, x.device)  # (N, D // 2)
         if self.cfg.absolute:
             x = x + torch.cat(tables, -1)
         rope = [table.unflatten(1, (-1, self.cfg.head_dim // 2)) for table in tables]            # (N, heads, ...)
@@ -181,14 +184,14 @@ class DiT(nn.Module):
         for block in self.blocks:
             x = block(x, *conditions)
         output = self.unembed(x, embedded, latents.shape[2:])
-        if self.cfg.clean:  # latents have fewer directions than noise, which need not pass the network then; where t is
-            # small, the clamp, which bounds the weight of an error in the output, asks for a little noise as well
+        if self.cfg.clean:  # latents have fewer directions than noise, which need not pass the network then. The clamp
+            # bounds the weight of an error in the output, which where t < .5 is to be x_t - velocity / 2
             return (latents - output) / t.clamp(.5, 1).view(-1, 1, 1, 1, 1)
         return output
 
 
 LTX_NAMES = (("transformer_blocks", "blocks"), ("attn1", "self_attn"), ("attn2", "cross_attn"), ("to_out.0", "to_out"),
-             (r"(norm_.)\.weight", r"\1"), ("scale_shift_table", "table"), ("ff.net.0.proj", "ffn.up"),
+             ("scale_shift_table", "table"), ("ff.net.0.proj", "ffn.up"),
              ("ff.net.2", "ffn.down"), ("time_embed.emb.timestep_embedder", "time_mlp"), ("linear_1", "0"),
              ("linear_2", "2"), ("time_embed.linear", "modulation.1"), ("caption_projection", "text_mlp"))
 
@@ -202,7 +205,7 @@ def load_ltx(path, cfg, compression=(8, 32)):
         tensors = read_ltx(path, LTX_NAMES)
         rows, columns = ({name: x.shape[side] for name, x in tensors.items() if x.ndim > side} for side in (0, 1))
         cfg = replace(cfg, depth=sum(name.endswith("ffn.up.weight") for name in tensors), width=rows["proj_in.bias"],
-                      num_heads=rows["blocks.0.self_attn.norm_q"] // cfg.head_dim, in_channels=rows["proj_out.bias"],
+                      num_heads=rows["blocks.0.self_attn.to_q.bias"] // cfg.head_dim, in_channels=rows["proj_out.bias"],
                       ffn_dim=rows["blocks.0.ffn.up.bias"], text_dim=columns["text_mlp.0.weight"], final_norm="layer",
                       absolute=False, clean=False)
         model = DiT(cfg, cfg.fps, compression)
@@ -256,7 +259,7 @@ class TextEncoder(nn.Module):
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             self.model = AutoModelForTextEncoding.from_pretrained(name).eval().requires_grad_(False)
         except (OSError, ValueError) as error:
-            raise Abort(f"--text_encoder {name} has no tokenizer and encoder: {error}".splitlines()[0]) from None
+            raise Abort(f"--text_encoder {name} has no tokenizer and encoder: {error}") from None
         if self.model.config.hidden_size != dim:
             raise Abort(f"--text_encoder {name} makes {self.model.config.hidden_size} channels: set --text_dim to it")
         self.model, self.length, self.null = self.model.to("cuda" if torch.cuda.is_available() else "cpu"), length, 0
@@ -300,6 +303,8 @@ def euler_times(num_steps, shift=1., terminal=0.):
 
     terminal > 0: then stretched so that the last of several steps starts there, as LTX-Video's scheduler does.
     """
+    if num_steps < 1:
+        raise Abort(f"{num_steps} steps lead nowhere: take at least 1")
     t = torch.linspace(1, 0, num_steps + 1)
     t = shift * t / (1 + (shift - 1) * t)
     if terminal and num_steps > 1:
@@ -320,7 +325,7 @@ def advance(x, velocity, t, t_next, noise=None):
 
 @torch.no_grad()
 def sample(model, noise, text_emb, text_mask, times, guidance_scale=1., renew=None):
-    """Integrate the model's velocity from noise (B, C, f, h, w) at times[0] to times[-1] with Euler's method.
+    """Integrate the model's velocity from noise (B, C, f, h, w) at times[0] to times[-1] in Euler steps.
 
     guidance_scale other than 1 runs the model on the caption and on no caption, and goes that much beyond the latter.
     renew() draws more such noise, which makes the steps stochastic.
@@ -513,42 +518,43 @@ def find_generator(folder, checkpoint=""):
     return Path(checkpoint or next((path for path in stages if path.exists()), stages[-1]))
 
 
-@torch.no_grad()
-def generate(model, vae, text, shape, times, guidance_scale=1., stochastic=False, seed=0):
-    """text = (text_emb, text_mask) -> video (B, 3, F, H, W) in [-1, 1] on the CPU. Clip i's noise has seed + i."""
-    device, video = model.proj_in.weight.device, []
-    for i in range(0, len(text[0]), 32):
-        emb, mask = (y[i:i + 32].to(device) for y in text)
-        generators = [torch.Generator().manual_seed(seed + i + j) for j in range(len(emb))]
-        draw = lambda: torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
-        latents = sample(model, draw(), emb, mask, times, guidance_scale, draw if stochastic else None)
-        video += [vae.decode(z[None])[0].float().clamp(-1, 1).cpu() for z in latents]
-    return torch.stack(video)
-
-
 def recipe(about):
     """Times, guidance scale, and whether each step draws noise, that a generator samples with unless told otherwise."""
     return euler_times(about.num_steps, about.shift, about.terminal), about.guidance_scale, about.stochastic
 
 
 def evaluations(about):
-    """Of the network, for a clip by the recipe that a generator samples with."""
+    """Evaluations of the network for a clip: its steps, twice as many with guidance."""
     return about.num_steps * (1 + (about.guidance_scale != 1))
 
 
 def test_captions(cfg, split, count):
-    """Captions that no clip was trained on and the attributes (n, 4) that they say; of a folder, its own and None."""
+    """Captions of a split and the attributes (n, 4) that they say; of a folder, its own captions and None.
+
+    full: of the 96 combinations that no clip was trained on; open: two attributes, of combinations that were.
+    """
     clips = open_clips(cfg, split)
     if cfg.data != "synthetic":
-        return [clips.caption(i % len(clips.files)) for i in range(count)], None
+        return [clips.read_caption(clips.files[i % len(clips.files)]) for i in range(count)], None
     said = torch.stack([clips.attributes(i)[1] for i in range(count)])
     return [caption(a) for a in said.tolist()], said
 
 
+@torch.no_grad()
 def make_videos(model, vae, about, captions, *how, seed=0):
-    """Videos (B, 3, F, H, W) in [-1, 1] for captions, of about's size; how: what recipe(about) gives, or another."""
-    text, shape = text_encoder(about)(captions), vae.latent_shape(about.frames, *about.size)
-    return generate(model, vae, text, shape, *(how or recipe(about)), seed=seed)
+    """Captions -> videos (B, 3, F, H, W) in [-1, 1] on the CPU, of about's size. Clip i's noise has seed + i.
+
+    how: times, guidance scale and whether steps draw noise, if not as recipe(about).
+    """
+    device, shape, videos = model.proj_in.weight.device, vae.latent_shape(about.frames, *about.size), []
+    times, guidance_scale, stochastic = how or recipe(about)
+    for i in range(0, len(captions), 32):
+        text = [y.to(device) for y in text_encoder(about)(captions[i:i + 32])]
+        generators = [torch.Generator().manual_seed(seed + i + j) for j in range(len(text[0]))]
+        draw = lambda: torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+        latents = sample(model, draw(), *text, times, guidance_scale, draw if stochastic else None)
+        videos += [vae.decode(z[None])[0].float().clamp(-1, 1).cpu() for z in latents]
+    return torch.stack(videos)
 
 
 def score_samples(model, vae, about, split, count, *how):
@@ -591,6 +597,8 @@ def main(cfg):
     if cfg.width % cfg.head_dim or cfg.num_heads * cfg.head_dim > cfg.width:
         raise Abort(f"--width {cfg.width} must be a multiple of --head_dim {cfg.head_dim} and at least --num_heads "
                     f"{cfg.num_heads} times that")
+    if cfg.final_norm not in ("rms", "layer"):
+        raise Abort(f"--final_norm {cfg.final_norm}: choose rms or layer")
     if cfg.dry_run:
         return dry_run("DIT", cfg, partial(describe, cfg))
     began, device, path = time.time(), setup(cfg), Path(cfg.out) / "dit.pt"
@@ -618,11 +626,11 @@ def main(cfg):
         return summary("DIT", figures, began, "python sample.py, or python prune.py --data FOLDER")
     cache = encode_clips(cfg, vae, device)
     ema, optimizers = copy.deepcopy(model).requires_grad_(False), make_optimizers(model, cfg.lr, cfg.muon_lr)
-    start, losses = resume(path, cfg, {"model": model, "ema": ema}, optimizers) if cfg.resume else 0, []
+    start, losses = resume(path, cfg, {"model": model, "ema": ema}, optimizers), []
     prepare(model.blocks, cfg)
     for step in progress(start, cfg.steps):
         batch = training_batch(cfg, cfg, cache, device, (cfg.seed, step))
-        loss, = update(partial(flow_matching_loss, model), batch, optimizers, step, cfg, path)
+        loss, = update(partial(flow_matching_loss, model), batch, optimizers, step, cfg)
         average(ema, model, cfg.ema, step)
         losses = [*losses, loss.item()][-cfg.log_every:]
         if (step + 1) % cfg.log_every == 0:

@@ -107,13 +107,13 @@ def convert(path, module, bits, metadata):
     from coremltools.optimize.coreml import OpLinearQuantizerConfig, OptimizationConfig, linear_quantize_weights
     if bits < 32 and (beyond := [k for k, x in module.state_dict().items() if not x.abs().max() <= 65504]):
         raise Abort(f"{beyond[0]} has values that fp16 cannot hold, no package is kept: try --bits 32")
-    half, movedim = ct.transform.FP16ComputePrecision(lambda op: not in_fp32(op)), torch.ops.aten.movedim.int
+    half = ct.transform.FP16ComputePrecision(lambda op: not in_fp32(op))
     # Its own search of the weights for these takes 2.7 GB at paper size.
     no_search = patch.object(ct.transform.FP16ComputePrecision, "fp16_overflow", return_value=False)
     with no_search, patch.object(sys, "stderr", io.StringIO()):  # progress bars and tracer's warnings
         # Exporting makes shapes plain numbers; those that are only traced fail to convert on numpy 2.4. Tracing keeps
-        # GELU's tanh, which the converter silently drops from exported programs. And movedim it does not know.
-        exported = torch.export.export(module, module.examples).run_decompositions({movedim: movedim.decompose})
+        # GELU's tanh, which the converter silently drops from exported programs.
+        exported = torch.export.export(module, module.examples)
         package = ct.convert(
             torch.jit.trace(exported.module(), module.examples, check_trace=False), convert_to="mlprogram",
             inputs=[ct.TensorType(name, x.shape, np.float32) for name, x in zip(module.inputs, module.examples)],

@@ -24,13 +24,15 @@ import torch.nn.functional as F
 
 import dit
 from dit import (LaterStage, add_noise, average, build, contact_sheet, encode_clips, fingerprint, flow_matching_loss,
-                 load_dit, load_vae, save_dit, score_samples, step_inputs, test_captions, training_batch)
+                 load_dit, load_vae, rms_norm, save_dit, score_samples, step_inputs, test_captions, training_batch)
 from vae import (PAPER, TOY, Abort, Meter, Training, dry_run, flag, launch, load, make_optimizers, median_ms, once,
                  prepare, print0, progress, resume, seeded, setup, share, summary, update)
 
 # ------------------------------------------------------------------------------------------------ candidates
 SIZES = "depth", "num_heads", "ffn_dim"             # of a DiT, one for each level of granularity
-PAPER_CUT = 8 / 28, 12 / 32, 1 / 4                  # share that the paper prunes of them: heads "more aggressively"
+LEVELS = {"blocks": 0, "self_attn": 1, "cross_attn": 1, "ffn": 2}  # of masks: their place in SIZES, groups and kept
+PAPER_CUT = 8 / 28, 12 / 32, 1 / 4                  # shares that the paper prunes of them: heads "more aggressively"
+LORA_RANK = 4                                       # Ours: of the light update in the search
 LINEARS = {"self_attn": ("to_q", "to_k", "to_v"), "cross_attn": ("to_q", "to_k", "to_v"), "ffn": ("up",)}  # masked
 SEARCHED = LINEARS | dict.fromkeys(("self_attn", "cross_attn"), ("to_v",))  # Ours: see Search
 TEMPERATURES = 4., .1                               # of the Gumbel-softmax, first and last [7]
@@ -70,7 +72,7 @@ class Candidates:
 
     def __init__(self, about, groups, kept):
         self.masks, self.shapes = {}, {}
-        for level, i in zip(("blocks", *LINEARS), (0, 1, 1, 2)):
+        for level, i in LEVELS.items():
             units, m, n = getattr(about, SIZES[i]), groups[i], kept[i]
             subsets = list(itertools.combinations(range(m), n))
             self.masks[level] = F.one_hot(torch.tensor(subsets), m).sum(1).float()
@@ -104,7 +106,10 @@ def masking(model, masks, linears=LINEARS):
         m = masks["blocks"][:, i, None, None]                                                    # (B, 1, 1)
         changes.append((block, lambda x, y, m=m: y * m + x * (1 - m)))  # Eq. (3)
         for level, name in ((level, name) for level, names in linears.items() for name in names):
-            linear, m = getattr(getattr(block, level), name), masks[level][:, i, None]
+            linear, m = getattr(part := getattr(block, level), name), masks[level][:, i, None]
+            if name in ("to_q", "to_k"):  # Ours: its norm counts kept heads alone, or others' zeros sharpen attention
+                norm, s = getattr(part, name.replace("to", "norm")), m.mean(-1, keepdim=True).sqrt()
+                changes.append((norm, lambda x, _, norm=norm, s=s: rms_norm(x / s, norm.eps) * s * norm.weight))
             m = m.repeat_interleave(linear.out_features // m.shape[-1], -1)                      # (B, 1, D)
             changes.append((linear, lambda x, y, m=m: y * m))  # Eq. (4), heads before attention, channels before GELU
     return changes
@@ -124,7 +129,6 @@ def cut(model, about, masks):
             if level in LINEARS and leaf not in ("to_out.bias", "down.bias"):
                 mask, side = masks[level][0, i], int(leaf in ("to_out.weight", "down.weight"))      # rows, or columns
                 value = value.index_select(side, mask.repeat_interleave(value.shape[side] // len(mask)).nonzero()[:, 0])
-                value = value / mask.mean().sqrt() if leaf.startswith("norm") else value         # its mean had zeros
             state[f"blocks.{j}.{name}"] = value
     student = build(small).to(model.proj_in.weight.device)
     student.load_state_dict(state)
@@ -143,14 +147,14 @@ class Search(nn.Module):
     straight-through gradient, which asks what it is worth to have it back, would be told of that.
     """
 
-    def __init__(self, model, candidates, rank=4):
+    def __init__(self, model, candidates):
         super().__init__()
         self.model, self.candidates, self.hooks = model, candidates, ExitStack()
         self.logits = nn.ParameterDict({level: torch.zeros(shape) for level, shape in candidates.shapes.items()})
         # The update makes the loss tell how a choice recovers, not how low it is after the cut, which misleads [7].
         self.linears = [m for m in model.blocks.modules() if isinstance(m, nn.Linear)]
-        self.down = nn.ParameterList(torch.randn(m.in_features, rank) / m.in_features ** .5 for m in self.linears)
-        self.up = nn.ParameterList(torch.zeros(rank, m.out_features) for m in self.linears)
+        self.down = nn.ParameterList(torch.randn(m.in_features, LORA_RANK) / m.in_features ** .5 for m in self.linears)
+        self.up = nn.ParameterList(torch.zeros(LORA_RANK, m.out_features) for m in self.linears)
 
     def forward(self, temperature, x0, noise, t, text_emb, text_mask, *gumbels):
         choice = {}
@@ -175,7 +179,7 @@ def search(cfg, teacher, candidates, draw, device):
     for step in progress(0, cfg.steps):
         temperature = np.interp(step, (0, cfg.steps - 1), TEMPERATURES).item()
         batch = *draw((cfg.seed, step, 0, 1)), *gumbel(module.logits, cfg.batch_size, device)
-        loss, = update(partial(module, temperature), batch, optimizers, step, cfg, cfg.out)
+        loss, = update(partial(module, temperature), batch, optimizers, step, cfg)
         average(average_logits, module.logits, .9, step)
         losses.append(loss.item())
     module.hooks.close()
@@ -220,12 +224,12 @@ def finetune(cfg, model, teacher, draw, device, path, about=None):
     ema, optimizers = copy.deepcopy(model).requires_grad_(False), make_optimizers(model, cfg.lr, cfg.muon_lr)
     if cfg.alpha:
         optimizers.append(torch.optim.AdamW(student.affine.parameters(), cfg.lr, weight_decay=0))
-    start = resume(path, cfg, {"model": student, "ema": ema}, optimizers) if cfg.resume else 0
+    start = resume(path, cfg, {"model": student, "ema": ema}, optimizers)
     if about and not start:
         save_dit(path, 0, cfg, about, student, ema, optimizers)  # --resume need not search again
     prepare(model.blocks, cfg)
     for step in progress(start, cfg.steps):
-        _, *parts = update(partial(student, teacher), draw((cfg.seed, step)), optimizers, step, cfg, path)
+        _, *parts = update(partial(student, teacher), draw((cfg.seed, step)), optimizers, step, cfg)
         average(ema, model, cfg.ema, step)
         losses.append([value.item() for value in parts])
         if (step + 1) % cfg.log_every == 0:
@@ -239,7 +243,7 @@ def finetune(cfg, model, teacher, draw, device, path, about=None):
 # ------------------------------------------------------------------------------------------------ Fig. 3 and Table 4
 @torch.no_grad()
 def measure(cfg, model, vae, about, draw):
-    """Parameters, flow-matching loss (eight batches, the same ones at every call) and scores for unseen captions."""
+    """Parameters, flow-matching loss (this process's share of eight training batches, always the same) and scores."""
     device = vae.mean.device
     with seeded(0, device), torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
         losses = [flow_matching_loss(model, *part).item() for i in range(8)
@@ -269,7 +273,8 @@ def sensitivity(cfg, teacher, vae, about, draw, device):
     for i, m in enumerate(cfg.groups):
         settings += [(SIZES[i], (*cfg.groups[:i], n, *cfg.groups[i + 1:])) for n in range(m - 1, 0, -1)]
     for level, kept in settings:
-        model, small = cut(teacher, about, search(cfg, teacher, Candidates(about, cfg.groups, kept), draw, device))
+        model, small = (teacher, about) if level == "none" else \
+            cut(teacher, about, search(cfg, teacher, Candidates(about, cfg.groups, kept), draw, device))
         (whole, cost), size = step_costs([teacher, model], about, PHONE), getattr(small, level, 0)
         row = cost | dict(speedup=whole["step_ms"] / cost["step_ms"]) | measure(cfg, model, vae, small, draw)
         rows.append(dict(level=level, kept=size, **summary(f"{level} {size or ''}", row)))
@@ -345,11 +350,12 @@ PRESETS = {"toy": TOY, "paper": PAPER | dict(  # Sec. 4.2.1. Ours: batch, and st
 
 def describe(cfg, about, kept, n):
     """What vae.dry_run counts, for n clips at a time: the search, and fine-tuning, which needs more memory."""
-    teacher, shape = build(about).requires_grad_(False), (1 + about.frames // 8, *(n // 32 for n in about.size))
-    module = Search(teacher, Candidates(about, cfg.groups, kept))
+    teacher, searched = (build(about).requires_grad_(False) for _ in "12")  # two, as the search leaves hooks behind
+    shape = 1 + about.frames // 8, *(n // 32 for n in about.size)
+    module = Search(searched, Candidates(about, cfg.groups, kept))
     model, ema = (build(shrink(about, cfg.groups, kept)) for _ in "12")
     student = Student(cfg, model, teacher)
-    prepare(teacher.blocks, replace(cfg, compile=False)), prepare(model.blocks, cfg)  # as search and finetune do
+    prepare(searched.blocks, replace(cfg, compile=False)), prepare(model.blocks, cfg)  # as search and finetune do
     x, *rest = step_inputs(about, shape, n)
     searching = cfg.search_steps, partial(module, 1.), (x, x, *rest, *gumbel(module.logits, n))
     return ([model, student.affine], [teacher, ema],
@@ -360,15 +366,16 @@ def describe(cfg, about, kept, n):
 def main(cfg):
     """Prune and fine-tune, or make a table; returns the figures of the summary line."""
     began, path, device, init = time.time(), Path(cfg.out) / "pruned.pt", setup(cfg), cfg.init or f"{cfg.out}/dit.pt"
-    teacher, about = (None, SimpleNamespace(**vars(dit.Config(**dit.PRESETS[cfg.preset])), compression=(8, 32))) \
-        if cfg.dry_run else load_dit(init, device=device, data=cfg.data)
-    if teacher:
+    if cfg.dry_run:
+        about = SimpleNamespace(**vars(dit.Config(**dit.PRESETS[cfg.preset])), compression=(8, 32))
+    else:
+        teacher, about = load_dit(init, device=device, data=cfg.data)
         about.pruned = fingerprint(teacher, "")  # by which --resume knows what it went on from
     kept = fit_budget(about, cfg.groups, cfg.budget)
     small, candidates = shrink(about, cfg.groups, kept), Candidates(about, cfg.groups, kept)
     print0(f"prune: {count_parameters(small):,} parameters from {count_parameters(about):,}")
-    for (level, masks), size in zip(candidates.masks.items(), (SIZES[0], SIZES[1], *SIZES[1:])):
-        part, whole = getattr(small, size), getattr(about, size)
+    for level, masks in candidates.masks.items():
+        part, whole = (getattr(what, SIZES[LEVELS[level]]) for what in (small, about))
         count = f"{math.comb(whole, part):,}" if whole < 99 else f"10^{math.log10(math.comb(whole, part)):.0f}"
         print0(f"  {level:10} {part} of {whole}: {len(masks)} choices in each {masks.shape[1]}; {count} without groups")
     if cfg.dry_run:
@@ -385,7 +392,7 @@ def main(cfg):
         return summary("PRUNE", ablation(cfg, teacher, vae, about, kept, draw, device, load(init)["config"]), began)
     if cfg.resume and path.exists():
         saved = load(path, finished=False)["generator"]
-        if any(saved.get(k) != v for k, v in vars(small).items() if k not in ("out", "kept")):
+        if saved.get("pruned") != about.pruned:
             raise Abort(f"{path} was not pruned from {init} as that is now: start again without --resume")
         small.kept, model = saved["kept"], build(small).to(device)
     else:

@@ -11,8 +11,6 @@ out/dit.pt (or pruned.pt, distilled.pt) and the vae.pt beside it -> out/sample.p
 import json
 import math
 import os
-import resource
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,11 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dit import (MOBILE, LaterStage, build, evaluations, find_generator, fingerprint, load_dit, load_vae, make_videos,
                  recipe, step_inputs, test_captions, untrained)
 from vae import (RANK, RATIOS, VAE, WORLD, Abort, Meter, barrier, flag, launch, median_ms, open_clips, print0, progress,
-                 read_text, reconstruct_clips, score, setup, summary, write_png)
+                 read_text, reconstruct_clips, score, setup, summary, to_rgb, write_png)
 
 
 @dataclass
@@ -51,7 +50,7 @@ PRESETS = {"toy": {}, "paper": dict(bf16=True, compile=True)}
 def write_video(path, video, fps):
     """Write video (3, F, H, W) in [-1, 1] in the format of the path's suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    frames = ((rearrange(video, "c f h w -> f h w c").clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+    frames = to_rgb(video)
     if path.suffix == ".png":
         write_png(path, video, fps)
     elif path.suffix == ".npy":
@@ -126,26 +125,24 @@ def write_vbench(cfg, model, vae, about, prompts):
     return dict(videos=len(names), written=len(todo))
 
 
-def peak_gb():
-    """Most memory ever in use: of the GPU since it was last reset, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
 @torch.no_grad()
 def bench(name, model, vae, about, matmul_tflops):
-    """Print and return the figures of a denoising step, of decoding, and of a video of about's recipe of both."""
+    """Print and return the figures of a denoising step, of decoding, and of a video of about's recipe of both.
+
+    peak_gb is a step's, with the weights: measured on a GPU, elsewhere counted, in float32.
+    """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     shape = vae.latent_shape(about.frames, *about.size)
-    with torch.device("meta"), Meter() as meter:
+    with FakeTensorMode(), Meter() as meter:
         build(about)(*step_inputs(about, shape[1:], 1))
     inputs = step_inputs(about, shape[1:], 1, model.table.device)
-    (step,), (decode,) = median_ms([lambda: model(*inputs)]), median_ms([lambda: vae.decode(inputs[0])], 5)
+    step, = median_ms([lambda: model(*inputs)])
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else meter.most
+    decode, = median_ms([lambda: vae.decode(inputs[0])], 5)
     row = dict(parameters=sum(p.numel() for p in model.parameters()), tokens=math.prod(shape[1:]),
                gflops=meter.flops / 1e9, step_ms=step, utilisation=meter.flops / step / 1e9 / matmul_tflops,
-               decode_ms=decode, peak_gb=peak_gb(), evaluations=evaluations(about),
+               decode_ms=decode, peak_gb=peak / 1e9, evaluations=evaluations(about),
                fps=1e3 * about.frames / (evaluations(about) * step + decode))
     print0(f"{name!s:16}", *(f"{k} {v:<9,}" if isinstance(v, int) else f"{k} {v:<9.4g}" for k, v in row.items()))
     return row
@@ -159,7 +156,7 @@ def bench_tables(cfg, generators, device):
     print0(f"{n} x {n} matrices are multiplied at {rate:.4g} TFLOP/s")
     for name, model, vae, about in generators:
         figures = bench(name, model, vae, about, rate)
-    for ratio in sorted(RATIOS, key=lambda r: -math.prod(RATIOS[r])):  # so that each has a higher peak of memory
+    for ratio in RATIOS:
         with device:
             variant = VAE(replace(vae.cfg, ratio=ratio)).eval().requires_grad_(False)
         model.compression = variant.compression

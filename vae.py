@@ -105,6 +105,19 @@ TOY = dict(bf16=not torch.cuda.is_available() and any(
 PAPER = dict(muon_lr=0., clip=1., bf16=True, checkpointing=True, compile=True, save_every=1000, gpus=128)  # Ours: clip
 
 
+def count(text):
+    if int(text) < 0:
+        raise ValueError
+    return int(text)
+
+
+def counts(text):
+    return tuple(map(count, text.split(",")))
+
+
+NUMBERS = {int: count, tuple: counts}  # no flag is below zero
+
+
 def launch(main, Config, presets):
     """Run a stage from the command line; what the user can mend ends in one line on stderr and exit status 2."""
     parser = argparse.ArgumentParser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
@@ -112,9 +125,9 @@ def launch(main, Config, presets):
     hint = f"(python {parser.prog} --help lists the flags)"
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} {hint}\n")
     for f in fields(Config):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": NUMBERS.get(f.type, f.type)}
         if f.type is tuple:
-            kind = {"type": lambda text: tuple(int(n) for n in text.split(",")), "metavar": "N,N,..."}
+            kind["metavar"] = "N,N,..."
         fields_of = (getattr(c, "__dataclass_fields__", {}) for c in Config.__mro__)
         said = next(own[f.name].metadata["help"] for own in fields_of if f.name in own and own[f.name].metadata["help"])
         parser.add_argument(f"--{f.name}", default=f.default, help=f"{said} (%(default)s)", **kind)
@@ -262,7 +275,7 @@ def make_optimizers(model, lr, muon_lr):
 
 def prepare(blocks, cfg):
     """Have the forward pass of blocks compiled, and computed again for the backward pass, where cfg says so."""
-    for block in blocks if cfg.compile or cfg.checkpointing else []:
+    for block in blocks:
         forward = type(block).forward
         if cfg.compile:
             torch._dynamo.config.recompile_limit = 64                                # once for each size of a block
@@ -272,7 +285,7 @@ def prepare(blocks, cfg):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def update(loss, batch, optimizers, step, cfg, path):
+def update(loss, batch, optimizers, step, cfg):
     """Take step number `step` of the optimisers down the gradient of the loss for a batch, unless it is not finite.
 
     batch: tensors of this process's share, which loss(*tensors) takes in cfg.accumulate micro-batches. It returns a
@@ -287,14 +300,14 @@ def update(loss, batch, optimizers, step, cfg, path):
             values[0].backward()
             means = means + values.detach()
     params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    for x in [means, *(p.grad for p in params if p.grad is not None)] * (WORLD > 1):
+    for x in [means, *(p.grad for p in params if p.grad is not None)] if WORLD > 1 else []:
         with together():
             dist.all_reduce(whole := x.contiguous())
         x.copy_(whole)
     length = nn.utils.clip_grad_norm_(params, cfg.clip or math.inf)
     for name, value in ("loss", means[0]), ("its gradient's length", length):
         if not value.isfinite():
-            raise Abort(f"{name} is {value.item()} at step {step + 1}, which is not taken; {path} is as last saved: "
+            raise Abort(f"{name} is {value.item()} at step {step + 1}, which is not taken; {cfg.out} is as last saved: "
                         "start again with lower learning rates")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -360,7 +373,7 @@ def measure_training(cfg, describe, device="cuda"):
         times = []
         for step in range(4):
             began = time.perf_counter()
-            update(loss, batch, optimizers, step, replace(cfg, accumulate=1, steps=4), cfg.out)
+            update(loss, batch, optimizers, step, replace(cfg, accumulate=1, steps=4))
             torch.cuda.synchronize()
             times.append(time.perf_counter() - began)
         seconds += steps * cfg.accumulate * min(times[1:])               # the first one compiles
@@ -429,13 +442,14 @@ def save(path, **checkpoint):
 
 def script_of(checkpoint):
     """The script that makes out/CHECKPOINT.pt."""
-    return {"pruned": "prune", "distilled": "distill"}.get(checkpoint, checkpoint) + ".py"
+    scripts = dict(vae="vae.py", dit="dit.py", pruned="prune.py", distilled="distill.py")
+    return scripts.get(checkpoint, "SCRIPT.py that makes it")
 
 
 def load(path, stage=None, finished=True):
     """Read a checkpoint, weights and plain values only; of the named stage, and of a finished run, if asked to."""
     script = script_of(stage or Path(path).stem)
-    if not Path(path).exists():
+    if not Path(path).is_file():
         raise Abort(f"{path} is missing: run python {script} first, or say where it is with --out")
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -455,7 +469,12 @@ FREE = ("resume", "out", "workers", "accumulate", "checkpointing", "compile", "l
 
 
 def resume(path, cfg, modules, optimizers):
-    """Load the state of an interrupted run of the same flags into modules (a dict) and optimizers; returns its step."""
+    """With --resume load the state of an interrupted run of the same flags into modules (a dict) and optimizers.
+
+    Returns the step that it had come to.
+    """
+    if not cfg.resume:
+        return 0
     if not Path(path).exists():
         print0(f"{path} is not there yet: starting from scratch")
         return 0
@@ -472,10 +491,15 @@ def resume(path, cfg, modules, optimizers):
     return checkpoint["step"]
 
 
+def to_rgb(video):
+    """video (3, F, H, W) in [-1, 1] -> bytes (F, H, W, 3)."""
+    return ((rearrange(video, "c f h w -> f h w c").clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+
+
 @once
 def write_png(path, video, fps=8):
     """Write video (3, F, H, W) in [-1, 1] as a PNG, animated (APNG) if it has more than one frame."""
-    frames = ((rearrange(video, "c f h w -> f h w c").clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+    frames = to_rgb(video)
     count, height, width, _ = frames.shape
 
     def chunk(kind, layout="", *values, data=b""):
@@ -664,7 +688,7 @@ def score(video, attributes):
 
 
 # ------------------------------------------------------------------------------------------------ data
-VIDEOS, IMAGES = (".mp4", ".mov", ".mkv", ".webm", ".avi"), (".png", ".jpg", ".jpeg")
+VIDEOS, IMAGES = (".mp4", ".mov", ".mkv", ".webm"), (".png", ".jpg", ".jpeg")
 
 
 @dataclass
@@ -740,12 +764,15 @@ class VideoFolder:
         return VideoFolder, (self.cfg,)
 
     def item(self, i):
-        """Number of the start, and file, of clip i."""
-        n = self.STARTS * self.videos
-        return (i // self.videos, self.files[i % self.videos]) if i < n else (0, self.files[i - n + self.videos])
+        """Number of the start, and file, of clip i. Starts begin at different files, so that even choices meet all."""
+        v, n = self.videos, self.STARTS * self.videos
+        return (i // v, self.files[(i + i // v) % v]) if i < n else (0, self.files[i - n + v])
+
+    def read_caption(self, file):
+        return " ".join(read_text(file.with_suffix(".txt")).lower().split())
 
     def caption(self, i):
-        return " ".join(read_text(self.item(i)[1].with_suffix(".txt")).lower().split())
+        return self.read_caption(self.item(i)[1])
 
     def video(self, i):
         return self.clip(i)[0]
@@ -810,8 +837,8 @@ class VideoFolder:
 def words(cfg):
     """All words of the captions."""
     captions = (["a thing", *map(caption, COMBINATIONS.tolist())] if cfg.data == "synthetic" else
-                [read_text(f.with_suffix(".txt")) for f in open_clips(cfg).files])
-    return sorted(set(" ".join(captions).lower().split()))
+                map((clips := open_clips(cfg)).read_caption, clips.files))
+    return sorted(set(" ".join(captions).split()))
 
 
 def open_clips(cfg, split="train"):
@@ -859,14 +886,13 @@ class ResBlock(nn.Module):
         first, second = ((1, 3, 3), (3, 1, 1)) if light else (3, 3)
         self.conv1 = CausalConv3d(c_in, c_out, first, causal=causal)
         self.conv2 = CausalConv3d(c_out, c_out, second, causal=causal)
-        if c_in != c_out:
-            self.norm = nn.LayerNorm(c_in, eps=1e-6)
-            self.shortcut = CausalConv3d(c_in, c_out, 1)
+        self.shortcut = CausalConv3d(c_in, c_out, 1) if c_in != c_out else None
+        self.norm = nn.LayerNorm(c_in, eps=1e-6) if c_in != c_out else None
 
     def forward(self, x):                                                                        # (B, C, F, H, W)
         h = self.conv1(F.silu(pixel_norm(x)))
         h = self.conv2(F.silu(pixel_norm(h)))
-        return h + (self.shortcut(self.norm(x.movedim(1, -1)).movedim(-1, 1)) if hasattr(self, "shortcut") else x)
+        return h + (self.shortcut(self.norm(x.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3)) if self.shortcut else x)
 
 
 class Down(nn.Module):
@@ -1148,7 +1174,8 @@ def describe(cfg, n):
     vae = VAE(cfg)
     prepare([*vae.encoder, *vae.decoder], cfg)
     video, noise = torch.rand(n, 3, *crop_size(cfg)), torch.rand(n, *vae.latent_shape(*crop_size(cfg)))
-    return [vae], [], [(cfg.steps, partial(vae, cfg=cfg), (video, noise))], lambda: vae.decode(noise[:1])
+    infer = lambda: vae.decode(torch.rand(1, *vae.latent_shape(cfg.frames, *cfg.size)))
+    return [vae], [], [(cfg.steps, partial(vae, cfg=cfg), (video, noise))], infer
 
 
 def main(cfg):
@@ -1169,7 +1196,7 @@ def main(cfg):
         figures = dict(parameters=sum(p.numel() for p in vae.parameters()))
         return summary("VAE", figures, began, "python dit.py --init TRANSFORMER")
     optimizers = make_optimizers(vae, cfg.lr, cfg.muon_lr)
-    start = resume(path, cfg, {"model": vae}, optimizers) if cfg.resume else 0
+    start = resume(path, cfg, {"model": vae}, optimizers)
     clips = open_clips(cfg)
     loader = torch.utils.data.DataLoader(range(start, cfg.steps), None, num_workers=cfg.workers,
                                          collate_fn=partial(training_batch, clips, cfg),
@@ -1177,7 +1204,7 @@ def main(cfg):
     prepare([*vae.encoder, *vae.decoder], cfg)
     for step, video in zip(progress(start, cfg.steps), loader):
         noise = draw_noise(cfg.batch_size, vae.latent_shape(*video.shape[2:]), device)
-        loss, error = update(partial(vae, cfg=cfg), (video.to(device), noise), optimizers, step, cfg, path)
+        loss, error = update(partial(vae, cfg=cfg), (video.to(device), noise), optimizers, step, cfg)
         if (step + 1) % cfg.log_every == 0:
             print0(f"step {step + 1}/{cfg.steps}  loss {loss:.4f}  psnr {10 * (4 / error).log10():.2f} dB  "
                    f"{(time.time() - began) / 60:.1f} min")
