@@ -33,7 +33,7 @@ from vae import (PAPER, TOY, VAE, WORLD, Abort, Training, VAEConfig, draw_noise,
 class Config(LaterStage, Training):
     init: str = flag("", "generator to distil; not given: out/pruned.pt, or out/dit.pt if there is none")
     teacher: str = flag("", "generator that makes targets of L_recon; not given: dit.pt beside init, or else init")
-    targets: int = flag(50, "Ours: batches that the teacher samples, to be targets; 0: x0 is the target, as printed")
+    targets: int = flag(25, "Ours: batches that the teacher samples, to be targets; 0: x0 is the target, as printed")
     target_steps: int = flag(8, "guided steps in which the teacher makes a target")
     guidance_scale: float = flag(1.5, "guidance of the teacher's steps; the student has none")
     warm_steps: int = flag(400, "Ours: steps towards the targets alone, before the adversary joins")

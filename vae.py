@@ -105,17 +105,17 @@ TOY = dict(bf16=not torch.cuda.is_available() and any(
 PAPER = dict(muon_lr=0., clip=1., bf16=True, checkpointing=True, compile=True, save_every=1000, gpus=128)  # Ours: clip
 
 
-def count(text):
+def natural(text):
     if int(text) < 0:
         raise ValueError
     return int(text)
 
 
-def counts(text):
-    return tuple(map(count, text.split(",")))
+def naturals(text):
+    return tuple(map(natural, text.split(",")))
 
 
-NUMBERS = {int: count, tuple: counts}  # no flag is below zero
+NUMBERS = {int: natural, tuple: naturals}  # no flag is below zero
 
 
 def launch(main, Config, presets):
