@@ -1369,6 +1369,8 @@ def test_discriminators_learn_and_see_what_their_sources_say():
         tokens[:, 6:].normal_()                                          # the second latent frame
         moved = (discriminator.heads[0](tokens, (2, 3, 2), conditions) - a).abs().view(2, 2, 6).amax(2)
         assert moved[:, 0].min() > 1e-6, head                            # all look across time
+    generator.blocks[1].self_attn.head_ids = torch.tensor([1, 3])        # as of a generator that is pruned
+    assert distill.Discriminator(generator, 2, "dit").heads[0].block.self_attn.head_ids.tolist() == [1, 3]
 
 
 def test_distill_resumes_to_the_same_bits(folder):
