@@ -225,7 +225,7 @@ def load_teacher(cfg, init, about, device):
 
 @torch.no_grad()
 def teach(cfg, teacher, cache, device, i):
-    """Lesson i: a batch of x_t at each t of T (k, B, C, f, h, w), and the clean clips (B, C, f, h, w) they lead to.
+    """Lesson i: x_t at each t of T (k, B, C, f, h, w), the clean clips they lead to, and real ones with captions.
 
     Ours: x_t is not a noised clip, but where guided steps of the teacher lead from noise, as x_t are what the student
     meets when it samples [DMD2, arXiv 2405.14867]. The random numbers are the lesson's own, so that a resumed run,
@@ -242,20 +242,19 @@ def teach(cfg, teacher, cache, device, i):
         for step in zip(times, times[1:-1]):
             path.append(sample(teacher, path[-1], *text, step, *how))
         target = sample(teacher, path[-1], *text, rest, *how)
-    return torch.stack(path).cpu(), target.cpu()
+    return [y.cpu() for y in (torch.stack(path), target, x0, *text)]
 
 
 def training_batch(cfg, lesson, cache, device, step):
     """This process's share of a step's x_t, t, t', x0, noise, target of L_recon, and captions."""
-    number = step % cfg.targets if cfg.targets else step
-    x0, *text = draw_batch(cache, cfg.batch_size, (cfg.seed, number), device)
     times = torch.tensor(euler_times(cfg.num_steps, cfg.shift), device=device)
     i, j = map(share, draw_pairs(cfg.batch_size, cfg.num_steps, device))
-    noise = partial(draw_noise, cfg.batch_size, x0.shape[1:], device)
+    noise = lambda: draw_noise(cfg.batch_size, x0.shape[1:], device)
     if cfg.targets:
-        path, target = (y.to(device) for y in lesson(number))
+        path, target, x0, *text = (y.to(device) for y in lesson(step % cfg.targets))
         x_t = path[i, torch.arange(len(i))]
     else:
+        x0, *text = draw_batch(cache, cfg.batch_size, (cfg.seed, step), device)
         x_t, target = add_noise(x0, noise(), times[i]), x0
     return x_t, times[i], times[j], x0, noise(), target, *text
 

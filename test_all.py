@@ -1290,10 +1290,10 @@ def test_lessons_lead_where_the_teacher_goes():
     cache, times = [[y.half().numpy() for y in (x, *text)]], (1, .9, .75, .5)
     cfg = replace(TINY_DISTILL, batch_size=2, target_steps=1, guidance_scale=1., stochastic=False, num_steps=4)
     teacher, state = dit.DiT(TINY_DIT), torch.get_rng_state()
-    lesson, (_, *told) = partial(distill.teach, cfg, teacher, cache, "cpu"), dit.draw_batch(cache, 2, (0, 1), "cpu")
+    lesson = partial(distill.teach, cfg, teacher, cache, "cpu")
     other = lambda **changes: distill.teach(replace(cfg, **changes), teacher, cache, "cpu", 1)
-    path, target = lesson(1)
-    assert same([path, target], [*lesson(1)]) and same(torch.get_rng_state(), state)  # made later, it is the same
+    path, target, x0, *told = lesson(1)
+    assert same(lesson(1), [path, target, x0, *told]) and same(torch.get_rng_state(), state)  # made later, it is the same
     for x_t, then, t, t_next in zip(path, (*path[1:], target), times, (*times[1:], 0)):
         close(then, dit.sample(teacher, x_t, *told, [t, t_next]))        # each is one step of the teacher from the last
     still, moved = (distill.teach(cfg, lambda x, *_: c + 0 * x, cache, "cpu", 1)[0] for c in (0, 1))
@@ -1304,8 +1304,10 @@ def test_lessons_lead_where_the_teacher_goes():
     close(other(guidance_scale=2.)[0][1], path[0] - .1 * (2 * told_v - untold_v))
     for changes in dict(stochastic=True), dict(seed=1):
         assert (other(**changes)[1] - target).abs().max() > 1e-3
-    x_t, t, t_next, _, _, end, *captions = distill.training_batch(cfg, lesson, cache, "cpu", 5)  # 1 of 4 lessons
-    assert same([end, *captions], [target, *told]) and (t_next < t).all()
+    assert same([x0, *told], dit.draw_batch(cache, 2, (0, 1), "cpu"))
+    x_t, t, t_next, real, _, end, *captions = distill.training_batch(
+        replace(cfg, seed=7), lesson, cache, "cpu", 5)                   # 1 of 4 lessons, whoever's seed takes it
+    assert same([real, end, *captions], [x0, target, *told]) and (t_next < t).all()
     close(x_t, torch.stack([path[times.index(round(moment.item(), 2)), b] for b, moment in enumerate(t)]))
 
 
