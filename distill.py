@@ -52,12 +52,10 @@ class Config(LaterStage, Training):
     huber: float = flag(.04, "Ours: c of the pseudo-Huber loss")
     ablation: bool = flag(False, "train each part of the method and each head alone, and print the table")
     seeds: int = flag(3, "runs a row of the ablation")
-    score_clips: int = flag(48, "unseen captions of each test set whose samples are scored; 0 for none")
+    score_clips: int = flag(48, "captions of each test set whose samples are scored; 0 for none")
 
 
 WARM_LR, WARM_MUON_LR = 1e-3, .01  # of the warm start
-
-
 PRESETS = {"toy": TOY, "paper": PAPER | dict(  # Sec. 5. Ours: the batch, which the paper leaves open, and K
     targets=0, warm_steps=0, steps=20_000, batch_size=64, shift=1., stochastic=False, lr=1e-6, head_lr=1e-4, trunk=10,
     gpus=64)}
@@ -252,7 +250,7 @@ def training_batch(cfg, lesson, cache, device, step):
     noise = lambda: draw_noise(cfg.batch_size, x0.shape[1:], device)
     if cfg.targets:
         path, target, x0, *text = (y.to(device) for y in lesson(step % cfg.targets))
-        x_t = path[i, torch.arange(len(i))]
+        x_t = path[i, torch.arange(len(i), device=device)]
     else:
         x0, *text = draw_batch(cache, cfg.batch_size, (cfg.seed, step), device)
         x_t, target = add_noise(x0, noise(), times[i]), x0
