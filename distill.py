@@ -63,7 +63,10 @@ PRESETS = {"toy": TOY, "paper": PAPER | dict(  # Sec. 5. Ours: the batch, which 
 
 # ------------------------------------------------------------------------------------------------ the discriminator
 class DiTHead(nn.Module):
-    """The paper's: a learnable DiT block (full 3D self-attention, cross-attention, FFN), then an MLP with SiLU."""
+    """The paper's: a learnable DiT block (full 3D self-attention, cross-attention, FFN), then an MLP with SiLU.
+
+    Ours: one block, and a score for each token.
+    """
 
     def __init__(self, cfg):
         super().__init__()
