@@ -1532,6 +1532,7 @@ update, read, folder = vae.update, numpy.load, pathlib.Path({folder!r})
 
 def dies_once(loss, batch, optimizers, step, *rest):
     if step == 3 and vae.RANK == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        time.sleep(1)                                                    # the other one waits for it by now
         os.kill(os.getpid(), signal.SIGKILL)
     return update(loss, batch, optimizers, step, *rest)
 
@@ -1546,6 +1547,7 @@ def test_two_processes_do_as_one_though_one_is_killed(folder):
     copies(folder)
     (folder / "job.py").write_text(JOB.format(here=str(Path(vae.__file__).parent), folder=str(folder)))
     end = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                          "--monitor-interval=5",                        # so that it says so before torchrun ends it
                           "--max-restarts=1", str(folder / "job.py")], capture_output=True, text=True, timeout=300)
     print(end.stdout, end.stderr)
     assert end.returncode == 0 and "another process of this job has ended: start it again with --resume" in end.stderr
