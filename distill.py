@@ -147,8 +147,8 @@ class Discriminator(nn.Module):
 def draw_pairs(count, k, device=None):
     """Which of T_1 .. T_k is t, and which of the later ones, or of 0, is t': indices (count,), both uniform.
 
-    Ours: the 0, as else T_k, where the last step starts, has no t'; and no logit-normal, whose m and s the paper gives,
-    but not what it would draw.
+    Ours: the 0, as else T_k, where the last step starts, has no t'; every t alike, as T_k has few of all pairs; and no
+    logit-normal, whose m and s the paper gives, but not what it would draw.
     """
     i = torch.randint(k, (count,), device=device)
     return i, i + 1 + (torch.rand(count, device=device) * (k - i)).long()
@@ -169,7 +169,7 @@ def reconstruction_loss(x0_hat, x0, c):
     return ((x0_hat - x0).flatten(1).square().sum(1) + c ** 2).sqrt().mean() - c  # Eq. (9), reconstruction
 
 
-def lengthen(gradient, weight, batch_size):
+def set_length(gradient, weight, batch_size):
     """Ours: L_adv's gradient at each fake clip, made as long as L_recon's at most, 1 / B, times a weight, so that one
     number weighs the two. The paper gives none, and a fixed one is too much later on, as D's slope grows."""
     length = gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1).clamp(min=1e-12)
@@ -206,7 +206,7 @@ class Adversaries:
         if not self.discriminator:
             return reconstruction
         self.discriminator.heads.requires_grad_(False)
-        fake.register_hook(partial(lengthen, weight=self.cfg.adversarial_weight, batch_size=self.cfg.batch_size))
+        fake.register_hook(partial(set_length, weight=self.cfg.adversarial_weight, batch_size=self.cfg.batch_size))
         adversarial = self.discriminator(fake, t_next, *text).float().mean()  # Eq. (9), adversarial
         return torch.stack([adversarial + self.cfg.reconstruction_weight * reconstruction, adversarial, reconstruction])
 
@@ -292,7 +292,7 @@ def train(cfg, path, generator, warm, draw, about):
     start = resume(path, cfg, dict(model=model, ema=ema, heads=heads), both)
     if not start:
         save_dit(path, 0, cfg, student, model, ema, both, heads=heads)  # --resume need not start warm again
-    prepare([*model.blocks, *heads], cfg), prepare(generator.blocks, replace(cfg, compile=False))  # is timed later
+    prepare([*model.blocks, *heads], cfg), prepare(generator.blocks, replace(cfg, compile=False))  # timed later
     began, log = time.time(), []
     for step in progress(start, cfg.steps):
         batch = draw(cfg, step)

@@ -53,6 +53,8 @@ def rms_norm(x, eps=1e-6):
 
 
 class RMSNorm(nn.Module):
+    """Of queries or keys, over all heads together."""
+
     def __init__(self, width, eps):
         super().__init__()
         self.eps, self.weight = eps, nn.Parameter(torch.ones(width))

@@ -350,16 +350,18 @@ PRESETS = {"toy": TOY, "paper": PAPER | dict(  # Sec. 4.2.1. Ours: batch, and st
 
 def describe(cfg, about, kept, n):
     """What vae.dry_run counts, for n clips at a time: the search, and fine-tuning, which needs more memory."""
-    teacher, searched = (build(about).requires_grad_(False) for _ in "12")  # two, as the search leaves hooks behind
-    shape = 1 + about.frames // 8, *(n // 32 for n in about.size)
-    module = Search(searched, Candidates(about, cfg.groups, kept))
+    teacher, shape = build(about).requires_grad_(False), (1 + about.frames // 8, *(n // 32 for n in about.size))
+    module = Search(teacher, Candidates(about, cfg.groups, kept))
     model, ema = (build(shrink(about, cfg.groups, kept)) for _ in "12")
     student = Student(cfg, model, teacher)
-    prepare(searched.blocks, replace(cfg, compile=False)), prepare(model.blocks, cfg)  # as search and finetune do
+    prepare(teacher.blocks, replace(cfg, compile=False)), prepare(model.blocks, cfg)  # as search and finetune do
     x, *rest = step_inputs(about, shape, n)
     searching = cfg.search_steps, partial(module, 1.), (x, x, *rest, *gumbel(module.logits, n))
-    return ([model, student.affine], [teacher, ema],
-            [searching, (cfg.steps, partial(student, teacher), (x, x, *rest))],
+
+    def kd(*batch):
+        module.hooks.close()  # as search does at its end
+        return student(teacher, *batch)
+    return ([model, student.affine], [teacher, ema], [searching, (cfg.steps, kd, (x, x, *rest))],
             lambda: model(*step_inputs(about, shape, 1)))
 
 

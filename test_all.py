@@ -1299,7 +1299,7 @@ def test_losses_of_the_adversaries():
     close(distill.reconstruction_loss(x, zero, 1e-6), lengths.mean())    # far: the distance, near: half its square
     close(distill.reconstruction_loss(1e-4 * x, zero, 1.), 5e-9 * (lengths ** 2).mean())
     slope, = torch.autograd.grad(distill.reconstruction_loss(x, zero, 1e-6), x)
-    levelled = distill.lengthen(torch.randn(5, 8, 2, 3, 2).double(), 3., 5)
+    levelled = distill.set_length(torch.randn(5, 8, 2, 3, 2).double(), 3., 5)
     close(levelled.flatten(1).norm(dim=1), 3 * slope.flatten(1).norm(dim=1))
 
 

@@ -115,7 +115,8 @@ def naturals(text):
     return tuple(map(natural, text.split(",")))
 
 
-NUMBERS = {int: natural, tuple: naturals}  # no flag is below zero
+KINDS = {bool: {"action": argparse.BooleanOptionalAction}, int: {"type": natural},  # no flag is below zero
+         tuple: {"type": naturals, "metavar": "N,N,..."}}
 
 
 def launch(main, Config, presets):
@@ -125,12 +126,10 @@ def launch(main, Config, presets):
     hint = f"(python {parser.prog} --help lists the flags)"
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} {hint}\n")
     for f in fields(Config):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": NUMBERS.get(f.type, f.type)}
-        if f.type is tuple:
-            kind["metavar"] = "N,N,..."
         fields_of = (getattr(c, "__dataclass_fields__", {}) for c in Config.__mro__)
         said = next(own[f.name].metadata["help"] for own in fields_of if f.name in own and own[f.name].metadata["help"])
-        parser.add_argument(f"--{f.name}", default=f.default, help=f"{said} (%(default)s)", **kind)
+        parser.add_argument(f"--{f.name}", default=f.default, help=f"{said} (%(default)s)",
+                            **KINDS.get(f.type, {"type": f.type}))
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # so that --help knows the preset, too
     first.add_argument("--preset", nargs="?", default="toy")
     if (preset := first.parse_known_args()[0].preset) not in presets:
@@ -768,7 +767,8 @@ class VideoFolder:
         v, n = self.videos, self.STARTS * self.videos
         return (i // v, self.files[(i + i // v) % v]) if i < n else (0, self.files[i - n + v])
 
-    def read_caption(self, file):
+    @staticmethod
+    def read_caption(file):
         return " ".join(read_text(file.with_suffix(".txt")).lower().split())
 
     def caption(self, i):
@@ -837,7 +837,7 @@ class VideoFolder:
 def words(cfg):
     """All words of the captions."""
     captions = (["a thing", *map(caption, COMBINATIONS.tolist())] if cfg.data == "synthetic" else
-                map((clips := open_clips(cfg)).read_caption, clips.files))
+                map(VideoFolder.read_caption, open_clips(cfg).files))
     return sorted(set(" ".join(captions).split()))
 
 
