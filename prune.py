@@ -23,9 +23,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import dit
-from dit import (LaterStage, add_noise, average, build, contact_sheet, encode_clips, fingerprint, flow_matching_loss,
-                 load_dit, load_vae, rms_norm, save_dit, score_samples, step_inputs, test_captions, training_batch)
-from vae import (PAPER, TOY, Abort, Meter, Training, dry_run, flag, launch, load, make_optimizers, median_ms, once,
+from dit import (COMPILED, LaterStage, add_noise, average, build, contact_sheet, encode_clips, fingerprint,
+                 flow_matching_loss, load_dit, load_vae, rms_norm, save_dit, score_samples, step_inputs, test_captions,
+                 training_batch)
+from vae import (PAPER, Abort, Meter, Training, dry_run, flag, launch, load, make_optimizers, median_ms, once,
                  prepare, print0, progress, resume, seeded, setup, share, summary, update)
 
 # ------------------------------------------------------------------------------------------------ candidates
@@ -227,7 +228,7 @@ def finetune(cfg, model, teacher, draw, device, path, about=None):
     start = resume(path, cfg, {"model": student, "ema": ema}, optimizers)
     if about and not start:
         save_dit(path, 0, cfg, about, student, ema, optimizers)  # --resume need not search again
-    prepare(model.blocks, cfg)
+    prepare([*model.blocks, *teacher.blocks], cfg)
     for step in progress(start, cfg.steps):
         _, *parts = update(partial(student, teacher), draw((cfg.seed, step)), optimizers, step, cfg)
         average(ema, model, cfg.ema, step)
@@ -237,6 +238,7 @@ def finetune(cfg, model, teacher, draw, device, path, about=None):
                    .format(*np.mean(losses[-cfg.log_every:], 0)))
         if about and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
             save_dit(path, step + 1, cfg, about, student, ema, optimizers)
+    prepare(teacher.blocks, replace(cfg, compile=False))  # to be timed beside the student's average
     return ema
 
 
@@ -343,7 +345,7 @@ class Config(LaterStage, Training):
     seeds: int = flag(1, "runs of each way in --ablation")
 
 
-PRESETS = {"toy": TOY, "paper": PAPER | dict(  # Sec. 4.2.1. Ours: batch, and steps, of which the paper has dit.py's too
+PRESETS = {"toy": COMPILED, "paper": PAPER | dict(  # Sec. 4.2.1. Ours: batch, and steps, of which the paper has dit.py's too
     budget=1e9, groups=(7, 8, 4), search_steps=2000, search_lr=.01, steps=50_000, batch_size=1024, lr=5e-5,
     ema=.9999, output_kd=False)}
 

@@ -418,6 +418,13 @@ def test_video_folder(folder):
         aborts("are skipped: mend", lambda: vae.open_clips(replace(cfg, frames=49)).video(0))
     fast = vae.open_clips(replace(cfg, fps=24.))                         # more frames than there are
     assert all(fast.video(i).shape == (3, 9, 32, 32) for i in range(16)) and not wrong, "\n".join(wrong)
+    model, own = vae.VAE(TINY_VAE).eval().requires_grad_(False), replace(TINY_DIT, data=str(folder), out=str(folder))
+    cache = dit.encode_clips(own, model, "cpu")
+    for kind, count, index in (0, 12, 5), (1, 1, 16):                    # videos, then images
+        assert len(cache[kind][0]) == count
+        close(torch.from_numpy(cache[kind][0][index % 16]).float(), model.encode(clips.video(index)[None])[0], 1e-3)
+    drawn = Counter(dit.draw_batch(cache, 4, (0, step), "cpu")[0].shape for step in range(200))
+    assert set(drawn) == {(4, 8, 2, 1, 1), (4, 8, 1, 1, 1)} and 5 < drawn[4, 8, 1, 1, 1] < 30, drawn  # one of 13
     (folder / "a.mp4").write_bytes((folder / "b.mkv").read_bytes()[:300])
     aborts("a.mp4 cannot be decoded", lambda: vae.open_clips(cfg).video(0))
     (folder / "c.txt").unlink()
@@ -630,11 +637,13 @@ def test_dit_is_ltx(folder):
     save(folder / "1.safetensors", slice(40))                            # in two parts, as the published one
     aborts("is not LTX-Video's transformer", dit.load_ltx, folder, TINY_DIT)
     save(folder / "2.safetensors", slice(40, None))
-    ours = dit.load_ltx(folder, replace(TINY_DIT, fps=25.))
+    theirs.save_config(folder)
+    ours = dit.load_ltx(folder, replace(TINY_DIT, fps=25., head_dim=8))  # which config.json knows better
     tokens = theirs(x.flatten(2).mT, text, 1000 * t, mask, *x.shape[2:], rope_interpolation_scale=(8 / 25, 32, 32))
     close(ours(x, t, text, mask), tokens.sample.mT.reshape(x.shape), 1e-4)
     tables, (cos, sin) = dit.rope_tables((2, 3, 2), 32, 25.), theirs.rope(x, 2, 3, 2, (8 / 25, 32, 32))
     close(tables[0], cos[0, :, ::2]), close(tables[1], sin[0, :, ::2])
+    (folder / "config.json").unlink()
     aborts("is not LTX-Video's transformer", dit.load_ltx, folder, replace(TINY_DIT, head_dim=24))
 
 
@@ -1014,6 +1023,8 @@ def test_sample_scores_beside_baselines():
     for split in ("full", "open"):
         assert figures[f"{split}_semantic_noise"] == 0 and figures[f"{split}_total_noise"] < .1, figures
         assert figures[f"{split}_semantic_true"] > .7 and figures[f"{split}_total_true"] > .7, figures
+        for name in "generated", "reconstructed":                        # of models that hardly learned
+            assert figures[f"{split}_semantic_{name}"] == 0 and figures[f"{split}_total_{name}"] < .7, figures
 
 
 def test_medians_are_of_calls_in_turns():
@@ -1212,6 +1223,17 @@ def test_measuring_takes_micro_batches():
     assert counts == [2] * 8 + [1] * 16 and abs(losses[0] - losses[1]) < 1e-5 * losses[0]
 
 
+def test_finetuning_compiles_both_and_leaves_them_plain(folder):
+    """So that what prune.py times side by side is alike."""
+    (teacher, about), batch, compiled = tiny_generator(), (torch.ones(2, 8, 2, 3, 2), *tiny_inputs()), Mock()
+    model, _ = prune.cut(teacher, about, random_masks(prune.Candidates(about, (2, 4, 4), (1, 2, 3))))
+    with patch.object(torch, "compile", lambda forward, **_: lambda *args: compiled() and forward(*args)):
+        ema = prune.finetune(replace(TINY_PRUNE, steps=1, batch_size=2, compile=True), model, teacher, lambda _: batch,
+                             "cpu", folder)
+    compiled = [compiled.call_count, teacher(*batch[1:]), ema(*batch[1:]), compiled.call_count]
+    assert compiled[0] == compiled[-1] == 2 + 4                          # blocks
+
+
 def test_prune_resumes_to_the_same_bits_and_says_what_is_wrong(folder):
     once, twice = folder / "once", folder / "twice"
     for out in (once, twice):
@@ -1250,7 +1272,15 @@ def test_tables_of_fig_3_and_table_4(folder):
         ("ffn_dim", n) for n in (48, 32, 16))]
     for few, many in ((1, 0), (2, 0), (3, 0), (4, 3), (5, 4)):
         assert all(rows[few][k] < rows[many][k] for k in ("parameters", "gflops", "peak_mb")), (few, many, rows)
-    figures = prune.main(replace(cfg, ablation=True, seeds=2))
+    with patch.object(prune, "cut", Mock(wraps=prune.cut)) as cuts:
+        figures = prune.main(replace(cfg, ablation=True, seeds=2))
+    (teacher, about, masks), _ = cuts.call_args_list[4]                  # those of most weight
+    for block, kept in zip(teacher.blocks, masks["ffn"][0]):
+        worth, kept = (y.view(-1, 4) for y in (block.ffn.up.weight.square().sum(1), kept > 0))   # by group
+        least, most = worth.where(kept, math.inf).amin(1), worth.where(~kept, 0).amax(1)         # kept, and cut
+        assert 0 < kept.sum() < kept.numel() and (least > most).all()
+    kept = [{level: m.tolist() for level, m in call.args[2].items()} for call in cuts.call_args_list[:5]]
+    assert kept[0] == kept[1] == kept[2] != kept[3] and kept[4] not in kept[:4]  # learned, random, heavy
     rows = json.loads((folder / "ablation.json").read_text())
     assert len(rows) == 14 and {r["steps"] for r in rows if r["method"] in ("narrow", "shallow")} == {4 + 4 + 2}
     for method in ("tri-level", "output KD", "no KD", "random", "magnitude", "shallow", "narrow"):
@@ -1389,8 +1419,15 @@ def test_discriminators_learn_and_see_what_their_sources_say():
 
 def test_distill_resumes_to_the_same_bits(folder):
     cfg = replace(TINY_DISTILL, init=f"{trained()}/dit.pt", out=str(folder / "whole"))
-    figures, parts = distill.main(cfg), replace(cfg, out=str(folder / "parts"))
+    worth = lambda m, split, times, scale: m.table.norm().item() + 9 * len(times) + scale + (split == "open")
+    with patch.object(distill, "score_samples", lambda m, vae, its, split, count, times, scale, _: dict.fromkeys(
+            ("semantic", "quality", "total", "entropy"), worth(m, split, times, scale))):
+        figures, parts = distill.main(cfg), replace(cfg, out=str(folder / "parts"))
     assert figures["evaluations"] == 2 and figures["evaluations_guided"] == 6
+    before, after = (dit.load_dit(path)[0] for path in (cfg.init, folder / "whole" / "distilled.pt"))
+    few, many = (dit.euler_times(n) for n in (2, 3))
+    for name, *what in ("", after, few, 1), ("_undistilled", before, few, 1), ("_guided", before, many, 1.25):
+        assert all(figures[f"{split}_total{name}"] == worth(what[0], split, *what[1:]) for split in ("full", "open"))
     for again in (False, True):                                          # broken off twice
         with patch.object(dit, "save", breaking(dit.save, 2 - again)):   # at step 4, and at step 6
             aborts("broken off", distill.main, replace(parts, resume=again))
@@ -1518,7 +1555,7 @@ def test_bf16_is_close(folder):
     assert seen == {False}, "torch 2.13's takes ten times as long as plain attention in bfloat16 on a CPU, backwards"
     for ours, whole in zip(weights(folder), alone(), strict=True):
         assert 1e-6 < (ours - whole).norm() / whole.norm() < 1e-2
-    assert all(module.PRESETS["toy"] == vae.TOY for module in STAGES)
+    assert all(module.PRESETS["toy"] | {"compile": False} == vae.TOY | {"compile": False} for module in STAGES)
     if Path("/proc/cpuinfo").exists() and not torch.cuda.is_available():
         said = Path("/proc/cpuinfo").read_text()
         assert any(name in said for name in ("avx512_bf16", "amx_bf16")) <= vae.TOY["bf16"]
@@ -1605,6 +1642,10 @@ def test_dry_run_counts_what_a_step_takes():
     close(torch.tensor(many - few), torch.tensor(6. * b * n * d * 4), .05)  # the blocks' inputs
     half = dit.main(replace(cfg, bf16=True))["activations_gb"] * 1e9
     assert kept / 2 < half < .8 * kept, (half, kept)
+    hours = lambda searching, tuning: prune.main(replace(
+        TINY_PRUNE, groups=(3, 6, 6), dry_run=True, search_steps=searching, steps=tuning))["hours"]
+    close(torch.tensor(hours(20, 30)), torch.tensor(2 * hours(10, 0) + 3 * hours(0, 10)))
+    assert 0 < hours(10, 0) < hours(0, 10)                               # whose teacher runs, too
     for module in (vae, distill):
         status, out, error = command(module, "--dry_run")
         assert status is None and "hours=" in out, error
