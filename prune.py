@@ -170,21 +170,29 @@ class Search(nn.Module):
         return flow_matching_loss(self.model, x0, noise, t, text_emb, text_mask)
 
 
-def search(cfg, teacher, candidates, draw, device):
-    """Learn which units to keep; returns the masks (B = 1) of the logits' moving average."""
+def search(cfg, teacher, candidates, draw, device, path=None, about=None):
+    """Learn which units to keep; returns the masks (B = 1) of the logits' moving average.
+
+    Checkpoints to path, if there is one, and says there what the teacher is: about.
+    """
     module, losses = Search(teacher, candidates).to(device), []
     prepare(teacher.blocks, replace(cfg, compile=False))  # its hooks are others at every step
     average_logits, cfg = copy.deepcopy(module.logits).requires_grad_(False), replace(cfg, steps=cfg.search_steps)
     optimizers = [torch.optim.AdamW(module.logits.values(), cfg.search_lr, weight_decay=0),
                   torch.optim.AdamW([*module.down, *module.up], cfg.lr, weight_decay=0)]
-    for step in progress(0, cfg.steps):
+    own = dict(model=module.logits, ema=average_logits, down=module.down, up=module.up)
+    for step in progress(resume(path, cfg, own, optimizers) if path else 0, cfg.steps):
         temperature = np.interp(step, (0, cfg.steps - 1), TEMPERATURES).item()
         batch = *draw((cfg.seed, step, 0, 1)), *gumbel(module.logits, cfg.batch_size, device)
         loss, = update(partial(module, temperature), batch, optimizers, step, cfg)
         average(average_logits, module.logits, .9, step)
         losses.append(loss.item())
+        if path and (step + 1) % cfg.save_every == 0:
+            save_dit(path, step + 1, cfg, about, optimizers=optimizers, **own)
     module.hooks.close()
-    print0(f"search: {cfg.steps} steps, loss {np.mean(losses[:10]):.4f} at first, {np.mean(losses[-10:]):.4f} at last")
+    if losses:  # not resumed at its end
+        first, last = np.mean(losses[:10]), np.mean(losses[-10:])
+        print0(f"search: {cfg.steps} steps, loss {first:.4f} at first, {last:.4f} at last")
     return candidates.read_out(dict(average_logits.items()))
 
 
@@ -345,7 +353,7 @@ class Config(LaterStage, Training):
     seeds: int = flag(1, "runs of each way in --ablation")
 
 
-PRESETS = {"toy": COMPILED, "paper": PAPER | dict(  # Sec. 4.2.1. Ours: batch, and steps, of which the paper has dit.py's too
+PRESETS = {"toy": COMPILED, "paper": PAPER | dict(  # Sec. 4.2.1. Ours: batch; steps: the paper has dit.py's, too
     budget=1e9, groups=(7, 8, 4), search_steps=2000, search_lr=.01, steps=50_000, batch_size=1024, lr=5e-5,
     ema=.9999, output_kd=False)}
 
@@ -369,7 +377,8 @@ def describe(cfg, about, kept, n):
 
 def main(cfg):
     """Prune and fine-tune, or make a table; returns the figures of the summary line."""
-    began, path, device, init = time.time(), Path(cfg.out) / "pruned.pt", setup(cfg), cfg.init or f"{cfg.out}/dit.pt"
+    began, device, init = time.time(), setup(cfg), cfg.init or f"{cfg.out}/dit.pt"
+    path, searched = (Path(cfg.out) / f"{name}.pt" for name in ("pruned", "search"))
     if cfg.dry_run:
         about = SimpleNamespace(**vars(dit.Config(**dit.PRESETS[cfg.preset])), compression=(8, 32))
     else:
@@ -394,18 +403,20 @@ def main(cfg):
         return summary("PRUNE", sensitivity(cfg, teacher, vae, about, draw, device), began)
     if cfg.ablation:
         return summary("PRUNE", ablation(cfg, teacher, vae, about, kept, draw, device, load(init)["config"]), began)
-    if cfg.resume and path.exists():
-        saved = load(path, finished=False)["generator"]
-        if saved.get("pruned") != about.pruned:
-            raise Abort(f"{path} was not pruned from {init} as that is now: start again without --resume")
+    found = next((file for file in (path, searched) if cfg.resume and file.exists()), None)
+    saved = found and load(found, finished=False)["generator"]
+    if found and saved.get("pruned") != about.pruned:
+        raise Abort(f"{found} was not pruned from {init} as that is now: start again without --resume")
+    if found == path:
         small.kept, model = saved["kept"], build(small).to(device)
     else:
-        masks = search(cfg, teacher, candidates, draw, device)
+        masks = search(cfg, teacher, candidates, draw, device, searched, about)
         for i, block in enumerate(masks["blocks"][0]):  # as a picture: # is kept, . is cut
             rows = [f"{level} {''.join('.#'[int(m)] for m in masks[level][0, i, :48])}" for level in LINEARS if block]
             print0(f"  block {i:2}  {'  '.join(rows) or 'cut'}")
         model, small = cut(teacher, about, masks)
     ema = finetune(cfg, model, teacher, draw, device, path, small)
+    once(searched.unlink)(missing_ok=True)
     figures = {k + name: v for name, model, what in (("", ema, small), ("_teacher", teacher, about))
                for k, v in measure(cfg, model, vae, what, draw).items()}
     for shape in vae.latent_shape(about.frames, *about.size)[1:], PHONE:

@@ -1240,14 +1240,16 @@ def test_prune_resumes_to_the_same_bits_and_says_what_is_wrong(folder):
         shutil.copytree(trained(), out)
     figures = prune.main(replace(TINY_PRUNE, out=str(once)))
     assert figures["parameters"] <= .6 * figures["parameters_teacher"] and figures["flops_ratio_2_tokens"] > 1
-    with patch.object(prune, "save_dit", breaking(prune.save_dit, 2)):
-        aborts("broken off", prune.main, replace(TINY_PRUNE, out=str(twice)))
-    assert vae.load(twice / "pruned.pt", finished=False)["step"] == 2
+    for saves, name, step in (1, "search", 2), (1, "search", 4), (2, "pruned", 2):
+        with patch.object(prune, "save_dit", breaking(prune.save_dit, saves)):
+            aborts("broken off", prune.main, replace(TINY_PRUNE, out=str(twice), resume=True))
+        assert vae.load(twice / f"{name}.pt", finished=False)["step"] == step
+        with patch.object(prune, "fingerprint", lambda *_: "of another generator"):
+            aborts(f"{name}.pt was not pruned from", prune.main, replace(TINY_PRUNE, out=str(twice), resume=True))
     prune.main(replace(TINY_PRUNE, out=str(twice), resume=True))
+    assert not (twice / "search.pt").exists()
     a, b = vae.load(once / "pruned.pt"), vae.load(twice / "pruned.pt")
     assert (wrong := [k for k in a if k != "config" and not same(a[k], b[k])]) == [], wrong
-    with patch.object(prune, "fingerprint", lambda *_: "of another generator"):
-        aborts("as that is now", prune.main, replace(TINY_PRUNE, out=str(twice), resume=True))
     model, about = dit.load_dit(once / "pruned.pt")
     assert len(about.kept["blocks"]) == about.depth == model.cfg.depth == 1 and (once / "pruned.png").exists()
     dit.main(replace(TINY_DIT, out=str(once), num_heads=1, depth=4))         # a generator of another shape

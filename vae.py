@@ -441,7 +441,7 @@ def save(path, **checkpoint):
 
 def script_of(checkpoint):
     """The script that makes out/CHECKPOINT.pt."""
-    scripts = dict(vae="vae.py", dit="dit.py", pruned="prune.py", distilled="distill.py")
+    scripts = dict(vae="vae.py", dit="dit.py", search="prune.py", pruned="prune.py", distilled="distill.py")
     return scripts.get(checkpoint, "SCRIPT.py that makes it")
 
 
