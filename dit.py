@@ -188,8 +188,8 @@ class DiT(nn.Module):
         for block in self.blocks:
             x = block(x, *conditions)
         output = self.unembed(x, embedded, latents.shape[2:])
-        if self.cfg.clean:  # latents have fewer directions than noise, which need not pass the network then. The clamp
-            # bounds the weight of an error in the output, which where t < .5 is to be x_t - velocity / 2
+        if self.cfg.clean:  # latents have fewer directions than noise, which then need not pass the network. The clamp
+            # bounds what an error of the output weighs; below t = .5 it aims at x_t - velocity / 2 in place of x0
             return (latents - output) / t.clamp(.5, 1).view(-1, 1, 1, 1, 1)
         return output
 
@@ -203,12 +203,13 @@ LTX_NAMES = (("transformer_blocks", "blocks"), ("attn1", "self_attn"), ("attn2",
 def load_ltx(path, cfg, compression=(8, 32)):
     """LTX-Video's transformer in diffusers' layout -> DiT of cfg, but for the sizes, which are read off the tensors.
 
-    A head's size, which they do not tell, is that of config.json in the folder, or else cfg's. Raises Abort where a
+    A head's size, which they do not tell, is that of config.json beside them, or else cfg's. Raises Abort where a
     tensor is missing, left over or does not fit.
     """
     try:
-        tensors, said = read_ltx(path, LTX_NAMES), Path(path, "config.json")
-        cfg = replace(cfg, head_dim=json.loads(said.read_text())["attention_head_dim"]) if said.exists() else cfg
+        tensors, folder = read_ltx(path, LTX_NAMES), Path(path) if Path(path).is_dir() else Path(path).parent
+        said = json.loads(note.read_text()) if (note := folder / "config.json").exists() else {}
+        cfg = replace(cfg, head_dim=said.get("attention_head_dim", cfg.head_dim))
         rows, columns = ({name: x.shape[side] for name, x in tensors.items() if x.ndim > side} for side in (0, 1))
         cfg = replace(cfg, depth=sum(name.endswith("ffn.up.weight") for name in tensors), width=rows["proj_in.bias"],
                       num_heads=rows["blocks.0.self_attn.to_q.bias"] // cfg.head_dim, in_channels=rows["proj_out.bias"],
@@ -268,7 +269,8 @@ class TextEncoder(nn.Module):
             raise Abort(f"--text_encoder {name} has no tokenizer and encoder: {error}") from None
         if self.model.config.hidden_size != dim:
             raise Abort(f"--text_encoder {name} makes {self.model.config.hidden_size} channels: set --text_dim to it")
-        self.model, self.length, self.null = self.model.to("cuda" if torch.cuda.is_available() else "cpu"), length, 0
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.length, self.null = length, 0
         emb, mask = self([""])
         self.null = emb[mask > 0].mean(0)                                                        # (E,)
 
@@ -309,8 +311,8 @@ def euler_times(num_steps, shift=1., terminal=0.):
 
     terminal > 0: then stretched so that the last of several steps starts there, as LTX-Video's scheduler does.
     """
-    if num_steps < 1:
-        raise Abort(f"{num_steps} steps lead nowhere: take at least 1")
+    if num_steps < 1 or not shift > 0:
+        raise Abort(f"{num_steps} steps with a shift of {shift:g} lead nowhere: take at least 1, and a shift above 0")
     t = torch.linspace(1, 0, num_steps + 1)
     t = shift * t / (1 + (shift - 1) * t)
     if terminal and num_steps > 1:
@@ -351,7 +353,7 @@ def sample(model, noise, text_emb, text_mask, times, guidance_scale=1., renew=No
 
 # ------------------------------------------------------------------------------------------------ the latent cache
 def fingerprint(model, parts=("encoder", "mean", "std")):
-    """Names a model's weights; of a VAE the latent space: latents of one space mean nothing to a model of another."""
+    """A hash of a model's weights; of a VAE of its latent space, as a model of one has no use for another's latents."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         if name.startswith(parts):
@@ -362,7 +364,7 @@ def fingerprint(model, parts=("encoder", "mean", "std")):
 def load_vae(folder, device="cpu", name=None):
     """The VAE of folder/vae.pt; where a name is given, it must have that fingerprint."""
     checkpoint = load(Path(folder) / "vae.pt", "vae")
-    vae = VAE(VAEConfig(**{f: checkpoint["config"][f] for f in VAEConfig.__dataclass_fields__}))
+    vae = VAE(VAEConfig(**{f.name: checkpoint["config"][f.name] for f in fields(VAEConfig)}))
     vae.load_state_dict(checkpoint["model"])
     if name not in (None, fingerprint(vae)):
         raise Abort(f"{folder}/vae.pt is not the VAE that the generator was trained with: run python dit.py again")
@@ -378,7 +380,8 @@ def encode_clips(cfg, vae, device):
     folder, clips, encode_text = Path(cfg.out) / "latents", open_clips(cfg), text_encoder(cfg)
     note = folder / "about.json"
     sizes = {kind: min(len(indices), cfg.num_clips) for kind, indices in clips.kinds.items()}
-    names = [f.name for f in clips.files] if cfg.data != "synthetic" else map(clips.caption, range(1000))
+    names = map(clips.caption, range(1000)) if cfg.data == "synthetic" else [
+        f"{f.name} {f.stat().st_size} {f.with_suffix('.txt').stat().st_size}" for f in clips.files]
     files = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
     about = dict(vae=fingerprint(vae), data=cfg.data, files=files, clips=sizes,
                  frames=cfg.frames, size=list(cfg.size), fps=cfg.fps,
@@ -396,7 +399,7 @@ def encode_clips(cfg, vae, device):
             shapes = dict(latents=latent, text_emb=(cfg.text_length, cfg.text_dim), text_mask=(cfg.text_length,),
                           done=())
             size = 2 * n * sum(map(math.prod, shapes.values()))
-            if size > shutil.disk_usage(folder).free:                    # a full disk would kill who writes to a map
+            if size > shutil.disk_usage(folder).free:  # to write to a map on a full disk kills the process
                 raise Abort(f"{folder} needs {size / 1e9:.1f} GB, which the disk has not: give another --out")
             for name, shape in shapes.items():
                 np.lib.format.open_memmap(folder / f"{kind}.{name}.npy", "w+", np.float16, (n, *shape))
@@ -428,7 +431,7 @@ def draw_batch(cache, batch_size, key, device):
 
 
 def training_batch(cfg, about, cache, device, key):
-    """This process's share of a step's x0, noise, t, text_emb and text_mask. Ours: a tenth, for guidance, untold."""
+    """This process's share of a step's x0, noise, t, text_emb and text_mask. Ours: a tenth of captions is dropped."""
     count, (x0, text_emb, text_mask) = cfg.batch_size, draw_batch(cache, cfg.batch_size, key, device)
     told = share(torch.rand(count, 1, device=device) >= .1).float()                              # (B, 1)
     t = logit_normal(count, about.timestep_mean, about.timestep_std, device)
@@ -449,12 +452,12 @@ class GeneratorConfig(DiTConfig, DataConfig):
     shift: float = flag(6., "Ours: above 1, more of the sampling steps go near noise [6]")
     terminal: float = flag(0., "stretch the times so that the last step starts here, as LTX-Video does; 0: do not")
     timestep_mean: float = flag(1.5, "Ours: t is, in training, the sigmoid of a normal variable [6] of this mean")
-    timestep_std: float = flag(1.2, "and of this standard deviation")
+    timestep_std: float = flag(1.2, "standard deviation of that normal variable")
 
 
 @dataclass
 class Config(GeneratorConfig, Training):
-    init: str = flag("", "LTX-Video's transformer to start from, as vae.py's --init; with --steps 0 to take as it is")
+    init: str = flag("", "LTX-Video's transformer to start from, folder or file; with --steps 0 to take as it is")
     steps: int = flag(3500)
     lr: float = flag(3e-3)
     ema: float = flag(.98, "rate of the weights' moving average, which is what later stages use")
@@ -463,8 +466,8 @@ class Config(GeneratorConfig, Training):
     log_every: int = flag(100)
 
 
-# Ours: torch.compile, which takes half a minute and then a step is 1.3 to 1.6 times faster on a CPU, where it finds
-# what it needs; not of the VAE and not in distill.py, where it gains less than it takes.
+# Ours: torch.compile takes half a minute, then a step of dit.py is 1.3 times, of prune.py 1.6 times as fast, on a CPU
+# that has what it needs. Not for the VAE nor in distill.py, where it gains less than it costs.
 COMPILED = TOY | dict(compile=sys.platform == "linux" and not torch.cuda.is_available() and bool(shutil.which("g++"))
                       and Path(sysconfig.get_path("include"), "Python.h").exists())
 # Sec. 5: the server model, 2.0B. Ours: batch, guidance, shift, the text encoder, and this stage's part of 200K steps
@@ -561,8 +564,8 @@ def make_videos(model, vae, about, captions, *how, seed=0):
     for i in range(0, len(captions), 32):
         text = [y.to(device) for y in text_encoder(about)(captions[i:i + 32])]
         generators = [torch.Generator().manual_seed(seed + i + j) for j in range(len(text[0]))]
-        draw = lambda: torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
-        latents = sample(model, draw(), *text, times, guidance_scale, draw if stochastic else None)
+        noise = lambda: torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+        latents = sample(model, noise(), *text, times, guidance_scale, noise if stochastic else None)
         videos += [vae.decode(z[None])[0].float().clamp(-1, 1).cpu() for z in latents]
     return torch.stack(videos)
 
@@ -604,11 +607,14 @@ def describe(cfg, n):
 
 def main(cfg):
     """Train the DiT; returns the figures of its summary line."""
-    if cfg.width % cfg.head_dim or cfg.num_heads * cfg.head_dim > cfg.width:
-        raise Abort(f"--width {cfg.width} must be a multiple of --head_dim {cfg.head_dim} and at least --num_heads "
-                    f"{cfg.num_heads} times that")
+    if not cfg.head_dim or cfg.head_dim % 2 or cfg.width % cfg.head_dim or cfg.num_heads * cfg.head_dim > cfg.width:
+        raise Abort(f"--width {cfg.width} must be a multiple of --head_dim {cfg.head_dim}, which is even, and at least "
+                    f"--num_heads {cfg.num_heads} times that")
+    if cfg.text_dim % 2 and not cfg.text_encoder:
+        raise Abort(f"--text_dim {cfg.text_dim} must be even, as half of it are sines of a word's place")
     if cfg.final_norm not in ("rms", "layer"):
         raise Abort(f"--final_norm {cfg.final_norm}: choose rms or layer")
+    recipe(cfg)  # raises where its steps lead nowhere
     if cfg.dry_run:
         return dry_run("DIT", cfg, partial(describe, cfg))
     began, device, path = time.time(), setup(cfg), Path(cfg.out) / "dit.pt"
@@ -624,7 +630,7 @@ def main(cfg):
     print0(f"dit: depth {cfg.depth}, width {cfg.width}, {cfg.num_heads} heads of {cfg.head_dim}, FFN {cfg.ffn_dim}: "
            f"{sum(p.numel() for p in model.parameters()):,} parameters; latents {shape}; {WORLD} x {device.type}")
     about = SimpleNamespace(**{f.name: getattr(cfg, f.name) for f in fields(GeneratorConfig)}, vae=fingerprint(vae),
-                            compression=vae.compression, words=[] if cfg.text_encoder else words(cfg))
+                            compression=vae.compression, words=[] if cfg.text_encoder else words(cfg, cfg.text_length))
     if cfg.init:  # our embeddings are less than LTX's by the empty caption's
         with torch.no_grad():
             model.text_mlp[0].bias += model.text_mlp[0].weight @ text_encoder(cfg).null.to(device)

@@ -236,7 +236,7 @@ def check(modules, programs, about, bits, whole):
         return {}
     clips, times, at, errors = open_clips(about, "full"), recipe(about)[0], lambda t: torch.tensor([t]), {}
     text = text_encoder(about)([clips.caption(0)])
-    x0 = rgb.vae.encode(clips.video(0)[None])
+    x0 = rgb.vae.encode(clips.clip(0)[0][None])
     x = noise = torch.randn_like(x0)
     fresh = [torch.randn_like(x0)] * about.stochastic  # the same at every step
     renew = (lambda: fresh[0]) if fresh else None
@@ -324,7 +324,7 @@ def main(cfg):
     metadata = {key: getattr(about, key) for key in ("guidance_scale", "text_length", "text_dim", "frames", "fps")}
     metadata |= dict(times=times, size=list(about.size), bits=cfg.bits, checkpoint=path,
                      text_encoder=about.text_encoder or "dit.WordEncoder")
-    open_clips(about, "full").video(0), text_encoder(about)  # which check needs: where it is missing, stop here already
+    open_clips(about, "full").clip(0), text_encoder(about)  # which check needs: where it is missing, stop here already
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as folder:  # on the packages' disk, so that to move is to rename
         for name, module in modules.items():

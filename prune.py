@@ -353,7 +353,7 @@ class Config(LaterStage, Training):
     seeds: int = flag(1, "runs of each way in --ablation")
 
 
-PRESETS = {"toy": COMPILED, "paper": PAPER | dict(  # Sec. 4.2.1. Ours: batch; steps: the paper has dit.py's, too
+PRESETS = {"toy": COMPILED, "paper": PAPER | dict(  # Sec. 4.2.1. Ours: groups, batch, and how 200K steps are shared
     budget=1e9, groups=(7, 8, 4), search_steps=2000, search_lr=.01, steps=50_000, batch_size=1024, lr=5e-5,
     ema=.9999, output_kd=False)}
 
@@ -364,7 +364,7 @@ def describe(cfg, about, kept, n):
     module = Search(teacher, Candidates(about, cfg.groups, kept))
     model, ema = (build(shrink(about, cfg.groups, kept)) for _ in "12")
     student = Student(cfg, model, teacher)
-    prepare(teacher.blocks, replace(cfg, compile=False)), prepare(model.blocks, cfg)  # as search and finetune do
+    prepare(teacher.blocks, replace(cfg, compile=False)), prepare(model.blocks, cfg)  # as search does
     x, *rest = step_inputs(about, shape, n)
     searching = cfg.search_steps, partial(module, 1.), (x, x, *rest, *gumbel(module.logits, n))
 

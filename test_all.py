@@ -244,7 +244,14 @@ def test_command_line_says_what_is_wrong(folder):
             ("choose from 4x16x16", vae, "--ratio 8x8x8"), ("16 frames", vae, "--frames 16"),
             ("--init", vae, "--steps 0"), ("--steps", vae, "--steps -1"), ("--log_every 0", vae, "--log_every 0"),
             ("8 frames do not", vae, "--crop 8,64,64"), ("100x128", vae, "--size 100,128"),
-            ("19 frames", vae, "--frames 19 --ratio 4x16x16"),
+            ("19 frames", vae, "--frames 19 --ratio 4x16x16"), ("--patch 3", vae, "--patch 3"),
+            ("--patch 1", vae, "--patch 1"), ("each of 3 stages", vae, "--widths 64,64"),
+            ("each of 3 stages", vae, "--encoder_blocks 1"), ("divides", vae, "--widths 64,96,128,256"),
+            ("--lr -1.0", vae, "--lr=-1"), ("--lr nan", vae, "--lr nan"), ("--fps 0.0", dit, "--fps 0"),
+            ("--num_clips 0", dit, "--num_clips 0"), ("lead nowhere", dit, "--num_steps 0"),
+            ("lead nowhere", dit, "--shift 0"), ("--text_dim 63", dit, "--text_dim 63"),
+            ("is even", dit, "--head_dim 0"), ("is even", dit, "--width 186 --head_dim 31"),
+            ("--utilisation 0.0", dit, "--dry_run --utilisation 0"), ("empty.txt", vae, f"--out {folder}/empty.txt"),
             ("--final_norm RMS", dit, "--final_norm RMS"),
             ("--init", dit, f"--steps 0 --in_channels 8 --out {trained()}"),
             ("is no folder", vae, f"--data {folder}/none"), ("holds no", vae, f"--data {folder}"),
@@ -402,33 +409,62 @@ def test_video_folder(folder):
     cfg = vae.DataConfig(data=str(folder), frames=9, size=(32, 32), fps=8.)
     clips, wrong = vae.open_clips(cfg), []
     assert {k: len(v) for k, v in clips.kinds.items()} == {"clips": 16, "images": 1}
-    assert vae.words(cfg) == ["a", "gray", "on", "picture"] and clips.caption(16) == "a picture"
-    assert (clips.video(16) - image).abs().max() < .51 / 127.5
+    assert vae.words(cfg) == ["a", "gray", "on", "picture"] and vae.words(cfg, 1) == ["a", "gray"]
+    assert clips.caption(16) == "a picture"
+    assert (clips.clip(16)[0] - image).abs().max() < .51 / 127.5
     for i in range(16):
-        (start, path), video = clips.item(i), clips.video(i)
+        (start, path), video = clips.item(i), clips.clip(i)[0]
         assert video.shape == (3, 9, 32, 32) and clips.caption(i) == "gray on gray"
         rate = {"a": 16, "b": 8}[path.stem]
         shown = ((((video + 1) * 127.5).mean((0, 2, 3)) - 20) / 5).round()                       # numbers of the frames
         wanted = rate * ((40 / rate - 9 / 8) * start / 7 + torch.arange(9) / 8)
         if (shown - wanted).abs().max() > .51:
             wrong.append(f"{path.name}, start {start}: frames {shown.tolist()}, nearest to {wanted.tolist()}")
-    assert torch.equal(pickle.loads(pickle.dumps(clips)).video(3), clips.video(3))  # as to a worker on macOS
-    aborts("lasts 2.50 s", lambda: vae.open_clips(replace(cfg, frames=25)).video(0))
+    assert torch.equal(pickle.loads(pickle.dumps(clips)).clip(3)[0], clips.clip(3)[0])  # as to a worker on macOS
+    aborts("lasts 2.50 s", lambda: vae.open_clips(replace(cfg, frames=25)).clip(0)[0])
     with patch.object(vae.VideoFolder, "BAD", 1.):
-        aborts("are skipped: mend", lambda: vae.open_clips(replace(cfg, frames=49)).video(0))
+        aborts("are skipped: mend", lambda: vae.open_clips(replace(cfg, frames=49)).clip(0)[0])
     fast = vae.open_clips(replace(cfg, fps=24.))                         # more frames than there are
-    assert all(fast.video(i).shape == (3, 9, 32, 32) for i in range(16)) and not wrong, "\n".join(wrong)
+    assert all(fast.clip(i)[0].shape == (3, 9, 32, 32) for i in range(16)) and not wrong, "\n".join(wrong)
     model, own = vae.VAE(TINY_VAE).eval().requires_grad_(False), replace(TINY_DIT, data=str(folder), out=str(folder))
     cache = dit.encode_clips(own, model, "cpu")
     for kind, count, index in (0, 12, 5), (1, 1, 16):                    # videos, then images
         assert len(cache[kind][0]) == count
-        close(torch.from_numpy(cache[kind][0][index % 16]).float(), model.encode(clips.video(index)[None])[0], 1e-3)
+        close(torch.from_numpy(cache[kind][0][index % 16]).float(), model.encode(clips.clip(index)[0][None])[0], 1e-3)
     drawn = Counter(dit.draw_batch(cache, 4, (0, step), "cpu")[0].shape for step in range(200))
     assert set(drawn) == {(4, 8, 2, 1, 1), (4, 8, 1, 1, 1)} and 5 < drawn[4, 8, 1, 1, 1] < 30, drawn  # one of 13
     (folder / "a.mp4").write_bytes((folder / "b.mkv").read_bytes()[:300])
-    aborts("a.mp4 cannot be decoded", lambda: vae.open_clips(cfg).video(0))
+    aborts("a.mp4 cannot be decoded", lambda: vae.open_clips(cfg).clip(0)[0])
+    with patch.object(optional("av"), "open", side_effect=UnicodeDecodeError("utf-8", b"\xff", 0, 1, "of its title")):
+        aborts("of its title", lambda: vae.open_clips(cfg).clip(0))
     (folder / "c.txt").unlink()
+    with patch.object(vae.VideoFolder, "BAD", 1.):
+        aborts("all its images, are skipped", clips.clip, 16)
     aborts("has no caption", vae.open_clips, cfg)
+
+
+def test_videos_are_decoded_as_they_are_shown(folder):
+    av, pixels = optional("av"), np.zeros((32, 64, 3), np.uint8)
+    pixels[:, 32:] = 200                                                 # the right is bright
+    for name, codec, pix_fmt, count in ("a.mp4", "libx264", "yuv420p", 20), ("b.jpg", "mjpeg", "yuvj420p", 1):
+        with av.open(str(folder / name), "w", format=dict(mjpeg="mjpeg").get(codec)) as container:
+            stream = container.add_stream(codec, rate=8)
+            stream.height, stream.width, stream.pix_fmt = 32, 64, pix_fmt
+            for _ in range(count):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(stream.encode())
+        (folder / name).with_suffix(".txt").write_text("half")
+    film, image = (folder / "a.mp4").read_bytes(), (folder / "b.jpg").read_bytes()
+    one, (head, track) = 1 << 16, film.split(b"tkhd")                    # x goes to y, and y to -x: clockwise
+    upright, turned = (struct.pack(">9i", *m, 0, 0, 1 << 30) for m in ((one, 0, 0, 0, one, 0), (0, one, 0, -one, 0, 0)))
+    (folder / "a.mp4").write_bytes(head + b"tkhd" + track.replace(upright, turned, 1))
+    orientation = b"Exif\0\0MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x112, 3, 1, 6, 0, 0)      # 6: clockwise
+    head = image[:2] + struct.pack(">HH", 0xffe1, 2 + len(orientation))
+    (folder / "b.jpg").write_bytes(head + orientation + image[2:])
+    clips = vae.open_clips(vae.DataConfig(data=str(folder), frames=9, size=(64, 32)))
+    for i in 0, 8:
+        video, _ = clips.clip(i)
+        assert video[..., :28, :].max() < -.9 and video[..., 36:, :].min() > .4, i  # and now below
 
 
 def test_bad_files_are_skipped_and_change_no_bit(folder):
@@ -471,6 +507,8 @@ def test_bad_files_are_skipped_and_change_no_bit(folder):
         aborts(f"encoded with other {word}: rename", dit.encode_clips, own_changed, model, "cpu")
     other = vae.VAE(TINY_VAE).eval().requires_grad_(False)
     aborts("encoded with other vae: rename", dit.encode_clips, own, other, "cpu")
+    (data / "00.txt").write_text("number nil")
+    aborts("encoded with other files: rename", dit.encode_clips, own, model, "cpu")
     (data / "05.mp4").write_bytes(good[:100])
     no = replace(cfg, out=str(folder / "no"), workers=2, steps=300)
     aborts("3 of 20 files are skipped, 10% may be", vae.main, no)
@@ -548,7 +586,8 @@ def test_vae_loss_is_the_sum_of_what_it_says():
     model, video, none = vae.VAE(TINY_VAE), torch.rand(2, 3, 9, 64, 64) * 2 - 1, dict(kl_weight=0.)
 
     def loss(**weights):
-        return model(video, noise, replace(TINY_VAE, **none | weights))[0]
+        model.cfg = replace(TINY_VAE, **none | weights)
+        return model(video, noise)[0]
 
     mean, logvar = model.posterior(model.to_patches(video))
     noise = torch.randn_like(mean)
@@ -584,7 +623,7 @@ def test_crops_are_parts_of_their_clips_and_fit_what_is_smaller():
 @torch.no_grad()
 def test_latents_are_normalised():
     model, clips = vae.VAE(TINY_VAE), vae.open_clips(TINY_VAE)
-    video = torch.stack([clips.video(2 ** 27 * i) for i in range(16)])      # evenly from all of them
+    video = torch.stack([clips.clip(2 ** 27 * i)[0] for i in range(16)])      # evenly from all of them
     raw = model.encode(video)
     decoded = model.decode(raw)
     model.measure_latents(clips, 16)
@@ -611,7 +650,7 @@ def resumes(module, cfg, folder):
 def test_vae_is_scored_on_unseen_clips():
     model, clips = dit.load_vae(trained()), vae.open_clips(TINY_VAE, "full")
     figures, film = vae.evaluate(model, TINY_VAE)
-    video = torch.stack([clips.video(i) for i in range(48)])             # all at once, evaluate takes one by one
+    video = torch.stack([clips.clip(i)[0] for i in range(48)])             # all at once, evaluate takes one by one
     output = model.decode(model.encode(video)).clamp(-1, 1)
     psnr = -20 * ((output - video) / 2).flatten(1).double().norm(dim=1).div(video[0].numel() ** .5).log10().mean()
     assert abs(figures["psnr"] - psnr) < 1e-3 and figures["readable_true"] > figures["readable_boxes"]
@@ -643,6 +682,9 @@ def test_dit_is_ltx(folder):
     close(ours(x, t, text, mask), tokens.sample.mT.reshape(x.shape), 1e-4)
     tables, (cos, sin) = dit.rope_tables((2, 3, 2), 32, 25.), theirs.rope(x, 2, 3, 2, (8 / 25, 32, 32))
     close(tables[0], cos[0, :, ::2]), close(tables[1], sin[0, :, ::2])
+    (folder / "whole").mkdir()
+    save(file := folder / "whole" / "x.safetensors"), theirs.save_config(folder / "whole")
+    close(dit.load_ltx(file, replace(TINY_DIT, fps=25., head_dim=8))(x, t, text, mask), ours(x, t, text, mask))
     (folder / "config.json").unlink()
     aborts("is not LTX-Video's transformer", dit.load_ltx, folder, replace(TINY_DIT, head_dim=24))
 
@@ -922,7 +964,7 @@ def test_latent_cache(folder):
 
     whole, count = encode("a")
     for i in range(12):
-        for array, value in zip(whole, (first.encode(clips.video(i)[None]), *text([clips.caption(i)])), strict=True):
+        for array, value in zip(whole, (first.encode(clips.clip(i)[0][None]), *text([clips.caption(i)])), strict=True):
             close(array[i], value[0], 1e-3)                              # float16
     aborts("broken off", encode, "b", first, breaking(text, 5))
     again, rest = encode("b")
@@ -1608,6 +1650,8 @@ def test_compiled_blocks_compute_the_same():
         (twin := copy.deepcopy(model)).blocks[0].ffn.up.weight.zero_()   # a copy computes with its own weights
         close(model(*x), before)
         assert (twin(*x) - before).abs().max() > 1e-4
+    if dit.COMPILED["compile"]:                                          # the compiler that it found is one
+        close(torch.compile(dit.rms_norm)(x[0]), dit.rms_norm(x[0]))
 
 
 def test_dry_run_counts_what_a_step_takes():

@@ -64,14 +64,14 @@ def read_text(path):
 class Stage:
     """Flags that every script has; a script's Config adds its own."""
     preset: str = flag("toy", "toy: minutes on a laptop; paper: the paper's sizes and hyper-parameters")
-    data: str = flag("synthetic", "synthetic, or a folder of NAME.mp4, .png or .jpg with captions in NAME.txt")
+    data: str = flag("synthetic", "synthetic, or a folder of NAME.mp4, .mov, .mkv, .webm, .png, .jpg with NAME.txt")
     out: str = flag("out", "folder of results, and of the checkpoints of earlier stages")
     seed: int = flag(0, "seeds weights, data and noise")
 
 
 @dataclass
 class Training(Stage):
-    """Flags of every stage that trains. A step's result depends on no number of processes or micro-batches."""
+    """Flags of every stage that trains. What a step computes does not depend on processes or micro-batches."""
     steps: int = flag(0, "training steps")
     batch_size: int = flag(24, "clips per step, shared among all processes")
     lr: float = flag(0., "AdamW's learning rate")
@@ -86,13 +86,16 @@ class Training(Stage):
     resume: bool = flag(False, "continue from the last checkpoint of an interrupted run, if there is one")
     dry_run: bool = flag(False, "print parameters, FLOPs, memory and hours, counted and, on a GPU, measured; and stop")
     gpus: int = flag(1, "GPUs that --dry_run counts with")
-    gpu_tflops: float = flag(312., "and what each computes in a second at best: an A100's bfloat16")
-    utilisation: float = flag(.4, "and the share of it that training reaches")
+    gpu_tflops: float = flag(312., "TFLOPs that each computes in a second at best; an A100's in bfloat16")
+    utilisation: float = flag(.4, "share of these that training reaches")
 
     def __post_init__(self):
         for name in "batch_size", "accumulate", "save_every", "log_every", "gpus":
             if getattr(self, name) < 1:
                 raise Abort(f"--{name} {getattr(self, name)}: give at least 1")
+        for name in "lr", "muon_lr", "fps", "num_clips", "gpu_tflops", "utilisation":
+            if not (value := getattr(self, name, 1)) < math.inf or value < 0 or value == 0 and "lr" not in name:
+                raise Abort(f"--{name} {value}: give a number above 0")
         processes = self.gpus if self.dry_run else WORLD
         if self.batch_size % (processes * self.accumulate):
             raise Abort(f"--batch_size {self.batch_size} does not divide among {processes} processes of "
@@ -115,7 +118,7 @@ def naturals(text):
     return tuple(map(natural, text.split(",")))
 
 
-KINDS = {bool: {"action": argparse.BooleanOptionalAction}, int: {"type": natural},  # no flag is below zero
+KINDS = {bool: {"action": argparse.BooleanOptionalAction}, int: {"type": natural},  # no whole number is below zero
          tuple: {"type": naturals, "metavar": "N,N,..."}}
 
 
@@ -155,7 +158,7 @@ def setup(cfg):
         torch.cuda.set_device(device)
     if WORLD > 1 and not dist.is_initialized():
         # torchrun's store still holds the addresses of processes that died, which torch 2.13 takes for the new ones'.
-        # Nodes do not agree on this count: several need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in place of it.
+        # With several nodes these counts may differ: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in place of it.
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if os.environ.get("GROUP_WORLD_SIZE") == "1" else ""
         with together():
             store = dist.PrefixStore(restart, next(dist.rendezvous("env://"))[0])
@@ -273,7 +276,7 @@ def make_optimizers(model, lr, muon_lr):
 
 
 def prepare(blocks, cfg):
-    """Have the forward pass of blocks compiled, and computed again for the backward pass, where cfg says so."""
+    """Compile the blocks' forward pass, and have the backward pass compute it again, where cfg says so."""
     for block in blocks:
         forward = type(block).forward
         if cfg.compile:
@@ -718,18 +721,15 @@ class SyntheticClips:
         silent = rng.random(4) < .2 if self.split == "train" else rng.permutation(4) < 2
         return shown, torch.where(torch.from_numpy(silent), -1, shown)
 
-    def video(self, i):
-        return render(self.attributes(i)[0][None], self.seed, i, self.cfg.frames, self.cfg.size)[0]
-
     def clip(self, i):
-        return self.video(i), self.caption(i)
+        return render(self.attributes(i)[0][None], self.seed, i, self.cfg.frames, self.cfg.size)[0], self.caption(i)
 
     def caption(self, i):
         return caption(self.attributes(i)[1].tolist())
 
 
 class VideoFolder:
-    """A folder of videos and images with captions, listed once. Each video gives STARTS clips, an image one of a frame.
+    """A folder of videos and images with captions, listed once: STARTS clips of each video, one frame of an image.
 
     A file that cannot be read or is too short is named and skipped: its clips are those of the next one that can.
     Raises Abort where folder, caption or `av` is missing, or too many files are skipped: over BAD, or all of a kind.
@@ -763,7 +763,7 @@ class VideoFolder:
         return VideoFolder, (self.cfg,)
 
     def item(self, i):
-        """Number of the start, and file, of clip i. Starts begin at different files, so that even choices meet all."""
+        """Number of the start, and file, of clip i. Each start begins at another file: even choices meet them all."""
         v, n = self.videos, self.STARTS * self.videos
         return (i // v, self.files[(i + i // v) % v]) if i < n else (0, self.files[i - n + v])
 
@@ -774,9 +774,6 @@ class VideoFolder:
     def caption(self, i):
         return self.read_caption(self.item(i)[1])
 
-    def video(self, i):
-        return self.clip(i)[0]
-
     def clip(self, i):
         """Clip i (3, F, H, W) in [-1, 1] and its caption; where its file is bad, those of the next good one."""
         kind = next(kind for kind in self.kinds.values() if i in kind)
@@ -785,7 +782,7 @@ class VideoFolder:
             if path not in self.bad:
                 try:
                     return self.kept(start, path), self.caption(i)
-                except Abort as error:
+                except (Abort, OSError) as error:
                     print(f"skipped: {error}", flush=True)
                     self.bad.add(path)
                     count = min(len(self.files), max(100, self.tried))
@@ -820,8 +817,8 @@ class VideoFolder:
                 for moment in wanted:
                     while not still and frame.time - late < moment - shortest / 2:
                         frame = next(decoded)
-                    frames.append(frame.to_ndarray(format="rgb24"))
-        except (av.error.FFmpegError, IndexError) as error:
+                    frames.append(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))  # as shown
+        except (av.error.FFmpegError, IndexError, TypeError, ValueError) as error:
             raise Abort(f"{path} cannot be decoded ({error}): remove it or encode it again") from None
         except StopIteration:
             raise Abort(f"{path} ends after {len(frames)} of {len(wanted)} frames: remove it or encode it again"
@@ -834,15 +831,15 @@ class VideoFolder:
         return rearrange(video, "f c h w -> c f h w").contiguous()
 
 
-def words(cfg):
-    """All words of the captions."""
+def words(cfg, length=None):
+    """All words of the captions, or of the first `length` words of each."""
     captions = (["a thing", *map(caption, COMBINATIONS.tolist())] if cfg.data == "synthetic" else
                 map(VideoFolder.read_caption, open_clips(cfg).files))
-    return sorted(set(" ".join(captions).split()))
+    return sorted({word for said in captions for word in said.split()[:length]})
 
 
 def open_clips(cfg, split="train"):
-    """The clips of cfg.data: clip(i) is video(i) (3, F, H, W) and caption(i); kinds has the ranges of i."""
+    """The clips of cfg.data: clip(i) is a video (3, F, H, W) and caption(i); kinds has the ranges of i."""
     return SyntheticClips(cfg, split) if cfg.data == "synthetic" else VideoFolder(cfg)
 
 
@@ -859,7 +856,7 @@ class VAEConfig(DataConfig):
     patch: int = flag(8, "pixels of a patch, whose channels the encoder starts from; 0: every stage halves t, h and w")
     widths: tuple = flag((64, 64, 128, 256), "channels from the first stage to the latents'")
     encoder_blocks: tuple = flag((1, 1, 1, 1), "residual blocks per stage of the encoder")
-    decoder_blocks: tuple = flag((1, 1, 1, 2), "and of the decoder")
+    decoder_blocks: tuple = flag((1, 1, 1, 2), "residual blocks per stage of the decoder")
     light: bool = flag(True, "Ours: (1,3,3) + (3,1,1) kernels, and shortcuts round the samplers as in LTX 0.9.5")
 
 
@@ -943,11 +940,17 @@ class VAE(nn.Module):
         self.cfg, self.compression = cfg, RATIOS[cfg.ratio]
         kernel, c, light, (time, space) = 1 if cfg.light else 3, cfg.latent_channels, cfg.light, self.compression
         self.patch = cfg.patch or space // time
+        if self.patch == 1 or space % self.patch:
+            raise Abort(f"--patch {self.patch} does not fit --ratio {cfg.ratio}: use a power of 2, from 2 to {space}")
         halve_t, halve_s = int(math.log2(time)), int(math.log2(space // self.patch))
         stages = max(halve_t, halve_s)
         strides = [tuple(2 if i >= stages - n else 1 for n in (halve_t, halve_s, halve_s)) for i in range(stages)]
         widths, down_blocks, up_blocks = (per_stage[:stages] + per_stage[-1:] for per_stage in
                                           (cfg.widths, cfg.encoder_blocks, cfg.decoder_blocks))
+        if min(len(widths) - 1, len(down_blocks) - 1, len(up_blocks) - 1) < stages or light and any(
+                a * math.prod(stride) % b for a, b, stride in zip(widths, widths[1:], strides)):
+            raise Abort(f"--widths, --encoder_blocks and --decoder_blocks have one for each of {stages} stages and one "
+                        "for the latents; with --light a width divides the one before times what that stage halves")
         blocks = lambda width, count, causal: [ResBlock(width, width, light, causal) for _ in range(count)]
         self.encoder_in = CausalConv3d(3 * self.patch ** 2, widths[0], kernel)
         encoder, decoder = [], blocks(widths[-1], up_blocks[-1], False)
@@ -1000,8 +1003,8 @@ class VAE(nn.Module):
         patches = self.reconstruct(latents * self.std + self.mean)
         return rearrange(patches, "b (c q p) f h w -> b c f (h p) (w q)", p=self.patch, q=self.patch)
 
-    def forward(self, video, noise, cfg):
-        """video (B, 3, F, H, W), noise like latents, weights in cfg -> (loss, mean squared error).
+    def forward(self, video, noise):
+        """video (B, 3, F, H, W), noise like latents -> (loss, mean squared error).
 
         The loss: reconstruction + KL + latent consistency.
 
@@ -1013,10 +1016,10 @@ class VAE(nn.Module):
         z = mean + (logvar / 2).exp() * noise
         output = self.reconstruct(z)
         loss, error = self.distance(output, video)
-        loss = loss + cfg.kl_weight * .5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        if cfg.consistency_weight:
+        loss = loss + self.cfg.kl_weight * .5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        if self.cfg.consistency_weight:
             again = self.posterior(output)[0]
-            loss = loss + cfg.consistency_weight * (again - mean.detach()).square().mean()
+            loss = loss + self.cfg.consistency_weight * (again - mean.detach()).square().mean()
         return torch.stack([loss, error.detach()])
 
     def distance(self, output, video):
@@ -1036,7 +1039,7 @@ class VAE(nn.Module):
         """Set mean and std from the posteriors' means of `count` clips, drawn from all of them evenly."""
         indices = next(iter(clips.kinds.values()))
         indices = indices[::max(1, len(indices) // count)][:count]
-        videos = (clips.video(i)[None].to(self.mean.device) for i in indices)
+        videos = (clips.clip(i)[0][None].to(self.mean.device) for i in indices)
         z = torch.stack([self.posterior(self.to_patches(video))[0][0] for video in videos], 1)
         self.std, self.mean = (y.view(1, -1, 1, 1, 1) for y in torch.std_mean(z.flatten(1), 1))
 
@@ -1108,14 +1111,14 @@ class Config(VAEConfig, Training):
     log_every: int = flag(100)
 
 
-PRESETS = {"toy": TOY, "paper": PAPER | dict(  # LTX's own sizes: 419,193,649 parameters. Ours: batch and clips
+PRESETS = {"toy": TOY, "paper": PAPER | dict(  # LTX's own sizes: 419,193,649 parameters. Ours: all else
     frames=33, size=(512, 512), fps=24., patch=0, widths=(128, 256, 512, 512), encoder_blocks=(4, 3, 3, 7),
     decoder_blocks=(4, 3, 3, 7), light=False, steps=200_000, batch_size=128, crop=(0, 0, 0), lr=5e-5, kl_weight=1e-4,
     consistency_weight=.1, workers=8)}
 
 
 def draw(kinds, count, key):
-    """Number of one of the kinds of clips, and of `count` clips of that kind: the same for the same key."""
+    """Pick a kind of clips, and `count` clips of it, by number; the same for the same key."""
     rng, sizes = np.random.default_rng(key), [len(clips) for clips in kinds]
     kind = rng.choice(len(kinds), p=np.divide(sizes, sum(sizes)))  # videos and images do not share a batch
     return kind, rng.integers(sizes[kind], size=count)
@@ -1138,14 +1141,14 @@ def training_batch(clips, cfg, step):
     """This process's share of crops (B, 3, F, H, W) of clips that depend on (seed, step) alone."""
     kinds = list(clips.kinds.values())
     kind, rows = draw(kinds, cfg.batch_size, (cfg.seed, step))
-    drawn = ((clips.video(kinds[kind][row]), np.random.default_rng((cfg.seed, step, row))) for row in share(rows))
+    drawn = ((clips.clip(kinds[kind][row])[0], np.random.default_rng((cfg.seed, step, row))) for row in share(rows))
     return torch.stack([crop(video, crop_size(cfg), rng) for video, rng in drawn])
 
 
 @torch.no_grad()
 def reconstruct_clips(vae, clips, indices):
     """Clips (n, 3, F, H, W) and what the VAE makes of them, on the CPU."""
-    video = torch.stack([clips.video(i) for i in indices])
+    video = torch.stack([clips.clip(i)[0] for i in indices])
     again = [vae.decode(vae.encode(clip[None].to(vae.mean.device))).clamp(-1, 1).cpu() for clip in video]
     return video, torch.cat(again)
 
@@ -1175,7 +1178,7 @@ def describe(cfg, n):
     prepare([*vae.encoder, *vae.decoder], cfg)
     video, noise = torch.rand(n, 3, *crop_size(cfg)), torch.rand(n, *vae.latent_shape(*crop_size(cfg)))
     infer = lambda: vae.decode(torch.rand(1, *vae.latent_shape(cfg.frames, *cfg.size)))
-    return [vae], [], [(cfg.steps, partial(vae, cfg=cfg), (video, noise))], infer
+    return [vae], [], [(cfg.steps, vae, (video, noise))], infer
 
 
 def main(cfg):
@@ -1189,6 +1192,7 @@ def main(cfg):
     shape = vae.latent_shape(cfg.frames, *cfg.size)
     print0(f"vae: {cfg.ratio}, latents {shape} of {cfg.data} clips {cfg.frames, *cfg.size}, {WORLD} x {device.type}")
     vae.latent_shape(*crop_size(cfg))  # raises where crops do not fit
+    path.parent.mkdir(parents=True, exist_ok=True)  # before hours of work that end in a file there
     if not cfg.steps:
         if not cfg.init:
             raise Abort("--steps 0 trains nothing: say with --init which weights to take as they are")
@@ -1204,7 +1208,7 @@ def main(cfg):
     prepare([*vae.encoder, *vae.decoder], cfg)
     for step, video in zip(progress(start, cfg.steps), loader):
         noise = draw_noise(cfg.batch_size, vae.latent_shape(*video.shape[2:]), device)
-        loss, error = update(partial(vae, cfg=cfg), (video.to(device), noise), optimizers, step, cfg)
+        loss, error = update(vae, (video.to(device), noise), optimizers, step, cfg)
         if (step + 1) % cfg.log_every == 0:
             print0(f"step {step + 1}/{cfg.steps}  loss {loss:.4f}  psnr {10 * (4 / error).log10():.2f} dB  "
                    f"{(time.time() - began) / 60:.1f} min")
