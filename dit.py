@@ -533,6 +533,8 @@ def find_generator(folder, checkpoint=""):
 
 def recipe(about):
     """Times, guidance scale, and whether each step draws noise, that a generator samples with unless told otherwise."""
+    if not math.isfinite(about.guidance_scale):
+        raise Abort(f"--guidance_scale {about.guidance_scale}: give a finite number")
     return euler_times(about.num_steps, about.shift, about.terminal), about.guidance_scale, about.stochastic
 
 

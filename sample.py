@@ -13,6 +13,8 @@ import math
 import os
 import time
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -32,14 +34,14 @@ class Config(LaterStage):
     prompt: str = flag("", "caption of one video, written to out/sample.FORMAT")
     prompts: str = flag("", "file of captions, one a line, whose videos are written to out/0000.FORMAT and on")
     format: str = flag("png", "png (animated), npy (uint8, (F, H, W, 3)) or mp4 (needs pip install av)")
-    num_steps: int = flag(None, "denoising steps; not given: what the checkpoint is made for, as the next four")
+    num_steps: int = flag(None, "denoising steps; this and the next four, not given: what the checkpoint is made for")
     guidance_scale: float = flag(None, "classifier-free guidance, 1 for none")
     stochastic: bool = flag(None, "fresh noise in every step")
     frames: int = flag(None, "frames of a video")
     size: tuple = flag(None, "its height and width")
     score: int = flag(0, "score this many clips of each test set, beside true ones, reconstructions and noise")
     vbench: str = flag("", "VBench_full_info.json or DIMENSION.txt: writes the folder out/vbench that VBench reads")
-    bench: bool = flag(False, "measure one denoising step and decoding; paper's preset: untrained where --out is empty")
+    bench: bool = flag(False, "measure a step and decoding; with --preset paper and no checkpoint, of untrained models")
     bf16: bool = flag(False, "compute in bfloat16, the weights stay float32")
     compile: bool = flag(False, "compile the DiT's blocks with torch.compile")
 
@@ -50,18 +52,16 @@ PRESETS = {"toy": {}, "paper": dict(bf16=True, compile=True)}
 def write_video(path, video, fps):
     """Write video (3, F, H, W) in [-1, 1] in the format of the path's suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    frames = to_rgb(video)
     if path.suffix == ".png":
         write_png(path, video, fps)
     elif path.suffix == ".npy":
-        np.save(path, frames)
+        np.save(path, to_rgb(video))
     else:
-        try:
-            import av
-        except ImportError:
-            raise Abort("writing mp4 needs PyAV: pip install av, or --format png") from None
+        import av
+        frames = to_rgb(video)
         with av.open(str(path), "w") as container:
-            stream = container.add_stream("libx264", rate=round(fps), options={"crf": "16"})
+            rate = Fraction(fps).limit_denominator(1001)
+            stream = container.add_stream("libx264", rate=rate, options={"crf": "16"})
             stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
             for frame in frames:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
@@ -102,34 +102,38 @@ def vbench_prompts(path):
 
 
 def write_vbench(cfg, model, vae, about, prompts):
-    """Write out/vbench/{prompt}-{i}.mp4 for the numbers of videos in prompts, but those that an earlier run wrote.
+    """Write out/vbench/{prompt}-{i}.mp4, as many of each prompt as prompts says, less what an earlier run wrote.
 
     VBench takes every file of the folder for a video, so each enters it whole, and the seeds stand beside it.
     """
     folder, note = Path(cfg.out) / "vbench", Path(cfg.out) / "vbench.json"
     names = [f"{prompt}-{i}.mp4" for prompt, count in prompts.items() for i in range(count)]
+    if odd := [name for name in names if "/" in name or len(name.encode()) > 255]:
+        raise Abort(f"{odd[0][:60]}... can be no file's name, as VBench needs it: change that caption")
     made = dict(weights=fingerprint(model, "proj_out"), frames=about.frames, size=list(about.size),
                 recipe=list(recipe(about)), seeds={name: cfg.seed + i for i, name in enumerate(names)})
     folder.mkdir(parents=True, exist_ok=True)
     if RANK == 0 and not note.exists():
-        note.write_text(json.dumps(made, indent=1))
+        (part := note.with_suffix(".part")).write_text(json.dumps(made, indent=1))
+        os.replace(part, note)
     barrier()
     if json.loads(note.read_text()) != made:
-        raise Abort(f"{folder} was begun with another checkpoint, list, seed or recipe: remove it and {note}")
+        raise Abort(f"{folder} was begun with another checkpoint, list, seed, size or recipe: remove it and {note}")
     todo = [name for name in names if not (folder / name).exists()]
     barrier()  # all have read it
     for name, _ in zip(own := todo[RANK::WORLD], progress(0, len(own))):
         video, = make_videos(model, vae, about, [name[:name.rindex("-")]], seed=made["seeds"][name])
         write_video(part := folder.with_name(f"vbench_part{RANK}.mp4"), video, about.fps)
         os.replace(part, folder / name)
+    barrier()
     return dict(videos=len(names), written=len(todo))
 
 
 @torch.no_grad()
 def bench(name, model, vae, about, matmul_tflops):
-    """Print and return the figures of a denoising step, of decoding, and of a video of about's recipe of both.
+    """Print and return figures of a denoising step, of decoding, and of a whole video by about's recipe.
 
-    peak_gb is a step's, with the weights: measured on a GPU, elsewhere counted, in float32.
+    peak_gb is a step's, with the weights: measured on a GPU, elsewhere counted.
     """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -157,10 +161,10 @@ def bench_tables(cfg, generators, device):
     for name, model, vae, about in generators:
         figures = bench(name, model, vae, about, rate)
     for ratio in RATIOS:
-        with device:
-            variant = VAE(replace(vae.cfg, ratio=ratio)).eval().requires_grad_(False)
-        model.compression = variant.compression
         try:
+            with device:
+                variant = VAE(replace(vae.cfg, ratio=ratio)).eval().requires_grad_(False)
+            model.compression = variant.compression
             bench(ratio, model, variant, about, rate)
         except Abort as error:
             print0(f"{ratio}: {error}")
@@ -178,7 +182,8 @@ def write_samples(cfg, model, vae, about):
         prompts = test_captions(about, "full", 8)[0]
     if not prompts:
         raise Abort(f"{cfg.vbench or cfg.prompts} has no captions: write one a line")
-    unknown = sorted({word for prompt in prompts for word in prompt.lower().split()} - set(about.words))
+    read = {word for prompt in prompts for word in prompt.lower().split()[:about.text_length]}
+    unknown = sorted(read - set(about.words))
     if unknown and not about.text_encoder:
         raise Abort(f"the checkpoint never saw: {' '.join(unknown)}. It knows: {' '.join(about.words)}")
     if cfg.vbench:
@@ -194,7 +199,7 @@ def write_samples(cfg, model, vae, about):
 
 
 def open_generators(cfg, path, device):
-    """Name, model, VAE, and what it is and makes, as cfg has it, of what is measured or sampled from: one at a time."""
+    """Yield name, model, VAE and about, with cfg's changes, of each generator to sample from or to measure."""
     if cfg.bench and cfg.preset == "paper" and not (cfg.checkpoint or path.exists()):
         found = ((f"untrained {name}", *untrained(device, **changes))
                  for name, changes in dict(mobile=MOBILE, server={}).items())
@@ -204,7 +209,7 @@ def open_generators(cfg, path, device):
     for name, model, vae, about in found:
         given = {k: getattr(cfg, k) for k in ("num_steps", "guidance_scale", "stochastic", "frames", "size")}
         vars(about).update((k, v) for k, v in given.items() if v is not None)
-        vae.latent_shape(about.frames, *about.size)  # raises where they do not fit
+        vae.latent_shape(about.frames, *about.size), recipe(about)  # raise where these do not fit, or lead nowhere
         print0(f"sample: {name}, {sum(p.numel() for p in model.parameters()):,} parameters, {about.num_steps} "
                f"{'stochastic' if about.stochastic else 'Euler'} steps, guidance {about.guidance_scale:g}, video "
                f"{about.frames, *about.size}, {device.type}")
@@ -218,6 +223,13 @@ def main(cfg):
     began, device = time.time(), setup(cfg)
     if cfg.format not in ("png", "npy", "mp4"):
         raise Abort(f"--format {cfg.format}: choose from png, npy, mp4")
+    if (cfg.vbench or cfg.format == "mp4") and not find_spec("av"):
+        raise Abort("writing mp4 needs PyAV: pip install av, or --format png")
+    asked = [name for name in ("bench", "score", "vbench", "prompts", "prompt") if getattr(cfg, name)]
+    if len(asked) > 1:
+        raise Abort(f"--{asked[0]} and --{asked[1]}: choose one")
+    if WORLD > 1 and not cfg.vbench:
+        raise Abort("only --vbench shares its work among processes: leave torchrun out")
     generators = open_generators(cfg, find_generator(cfg.out, cfg.checkpoint), device)
     with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
         if cfg.bench:

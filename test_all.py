@@ -265,6 +265,10 @@ def test_command_line_says_what_is_wrong(folder):
             ("latin.txt is no text", sample, f"--prompts {folder}/latin.txt --out {trained()}"),
             ("purple", sample, f"--prompt PURPLE --out {trained()}"),
             ("24x32", sample, f"--size 24,32 --out {trained()}"),
+            ("--score and --prompt", sample, f"--score 2 --prompt red --out {trained()}"),
+            ("lead nowhere", sample, f"--bench --num_steps 0 --out {trained()}"),
+            ("--guidance_scale nan", sample, f"--guidance_scale nan --out {trained()}"),
+            ("--seed", sample, f"--seed {2 ** 64} --out {trained()}"),
             ("none.pt is missing", sample, f"--preset paper --bench --checkpoint {folder}/none.pt"),
             ("multiple of --head_dim", dit, "--dry_run --width 200"),
             ("must be 8", dit, f"--frames 9 --size 32,32 --out {trained()}"),
@@ -405,7 +409,7 @@ def test_video_folder(folder):
     gray_film(folder / "b.mkv", 8, 32, 96)
     image = vae.render(COMBINATIONS[:1], frames=1, size=(32, 32))[0]
     vae.write_png(folder / "c.png", image)
-    (folder / "c.txt").write_text("a picture")
+    (folder / "c.txt").write_text("a picture", encoding="utf-8-sig")     # as Windows' editors do
     cfg = vae.DataConfig(data=str(folder), frames=9, size=(32, 32), fps=8.)
     clips, wrong = vae.open_clips(cfg), []
     assert {k: len(v) for k, v in clips.kinds.items()} == {"clips": 16, "images": 1}
@@ -1000,7 +1004,9 @@ def test_moving_average_and_whose_vae_it_is(folder):
 # ------------------------------------------------------------------------------------------------ sample.py
 def test_sample_writes_what_is_asked_for(folder):
     (folder / "prompts.txt").write_text("a red circle moves left\na thing\n\n")
-    for flags in (["--prompts", f"{folder}/prompts.txt", "--format", "npy"], ["--prompt", "a red circle moves left"],
+    longest = "a red circle moves left" + 7 * " a" + " zebra"            # which is never read
+    for flags in (["--prompt", longest], ["--prompts", f"{folder}/prompts.txt", "--format", "npy"],
+                  ["--prompt", "a red circle moves left"],
                   ["--prompts", f"{folder}/prompts.txt", "--data", "gone"], ["--format", "npy"]):
         _, out, error = command(sample, "--checkpoint", f"{trained()}/dit.pt", "--out", str(folder), *flags)
         assert "3 stochastic steps, guidance 1.25" in out and out.splitlines()[-2].startswith("SAMPLE "), out + error
@@ -1021,6 +1027,7 @@ def test_vbench_folder_is_as_vbench_reads_it(folder):
     (lists / "temporal_flickering.txt").write_text("a red circle\n\na thing\n")
     (lists / "scene.txt").write_text("a thing\n")
     (lists / "none.json").write_text('{"a": 1}')
+    (lists / "long.txt").write_text("a " * 130)
 
     bits = lambda video: video.numpy().tobytes()  # as x264's differ from run to run on videos as small as these
     raw = lambda path, video, fps: path.write_bytes(bits(video))
@@ -1031,6 +1038,7 @@ def test_vbench_folder_is_as_vbench_reads_it(folder):
             sample.main(replace(cfg, **changes))
         return {f.name: (f.stat().st_mtime_ns, f.read_bytes()) for f in (folder / "vbench").iterdir()}
 
+    aborts("can be no file's name", names, "long.txt")
     aborts("broken off", names, full, breaking(raw, 7))
     some = {f.name: (f.stat().st_mtime_ns, f.read_bytes()) for f in (folder / "vbench").iterdir()}
     every = names(full)
@@ -1047,9 +1055,9 @@ def test_vbench_folder_is_as_vbench_reads_it(folder):
             sample.main(sample.Config(checkpoint=f"{trained()}/dit.pt", prompt=name.rsplit("-", 1)[0], out=str(folder),
                                       seed=seeds[name]))
         assert bits(alone.call_args.args[1]) == every[name][1], name
-    sample.write_video(folder / "real.mp4", video := vae.render(COMBINATIONS[:1], frames=9, size=(64, 64))[0], 8)
+    sample.write_video(folder / "real.mp4", video := vae.render(COMBINATIONS[:1], frames=9, size=(64, 64))[0], 12.5)
     with optional("av").open(str(folder / "real.mp4")) as file:
-        assert file.streams.video[0].average_rate == 8
+        assert file.streams.video[0].average_rate == 12.5
         shown = np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
     error = np.abs(shown / 127.5 - 1 - video.clamp(-1, 1).permute(1, 2, 3, 0).numpy()).mean()
     assert error < .05, error
@@ -1863,8 +1871,10 @@ def test_check_catches_what_is_wrong():
             return {self.program.output: self.program(*(torch.from_numpy(inputs[v[0]]) for v in self.program.inputs))}
 
     assert check()["run_psnr"] > 45
+    with patch.object(vae.SyntheticClips, "clip", lambda *_: (torch.zeros(3, 1, 32, 32), "a thing")):
+        assert check()["run_psnr"] > 45                                  # an image
     import coremltools
-    with patch.object(sys, "platform", "darwin"), patch.object(coremltools.models, "MLModel", CoreML):
+    with patch.object(export_ios, "CORE_ML", True), patch.object(coremltools.models, "MLModel", CoreML):
         assert check() == check(0, [32, 32], lambda weight: weight.T)  # Core ML reads the package itself
     aborts("next_latents, t 1.000", check, 0, [32, 32], lambda weight: weight.T)
     aborts("next_latents, t 1.000", check, 0, [8, 32], lambda weight: weight * 1.02)  # of the output

@@ -55,7 +55,7 @@ def flag(default, help=None):
 
 def read_text(path):
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")  # which Windows' editors may write
     except UnicodeDecodeError as error:
         raise Abort(f"{path} is no text in UTF-8 ({error}): save it as such") from None
 
@@ -109,7 +109,7 @@ PAPER = dict(muon_lr=0., clip=1., bf16=True, checkpointing=True, compile=True, s
 
 
 def natural(text):
-    if int(text) < 0:
+    if not 0 <= int(text) < 2 ** 63:
         raise ValueError
     return int(text)
 
@@ -118,7 +118,7 @@ def naturals(text):
     return tuple(map(natural, text.split(",")))
 
 
-KINDS = {bool: {"action": argparse.BooleanOptionalAction}, int: {"type": natural},  # no whole number is below zero
+KINDS = {bool: {"action": argparse.BooleanOptionalAction}, int: {"type": natural},  # no whole number is below 0
          tuple: {"type": naturals, "metavar": "N,N,..."}}
 
 
