@@ -8,6 +8,7 @@
 out/pruned.pt or out/dit.pt -> out/distilled.pt, out/distilled.png (samples before above those after)
 """
 import copy
+import math
 import time
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -79,8 +80,8 @@ class DiTHead(nn.Module):
 
 
 def group_norm(x):
-    """Without height and width, as torch 2.13's crashes in the backward pass where channels come last in memory."""
-    return F.group_norm(x.flatten(2), x.shape[1] // 16).view(x.shape)
+    """Of about 16 channels a group; flat, as torch 2.13's crashes backwards where channels come last in memory."""
+    return F.group_norm(x.flatten(2), math.gcd(x.shape[1] // 16, x.shape[1])).view(x.shape)
 
 
 class ResBlock2DHead(nn.Module):
@@ -131,7 +132,7 @@ class Discriminator(nn.Module):
             raise Abort(f"--trunk {trunk}: the generator has {generator.cfg.depth} blocks, take 1 to all of them")
         self.generator, self.trunk = generator, trunk
         self.heads = nn.ModuleList(HEADS[head](generator.cfg) for _ in range(1 if head == "dit" else trunk))
-        if head == "dit":  # whose heads of attention take the rotary embedding's slices that the K-th block's have
+        if head == "dit":  # its attention heads take the slices of RoPE that the K-th block's have
             self.heads[0].block.self_attn.head_ids = generator.blocks[trunk - 1].self_attn.head_ids
 
     def forward(self, latents, t, text_emb, text_mask):
@@ -145,10 +146,10 @@ class Discriminator(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ the losses
 def draw_pairs(count, k, device=None):
-    """Which of T_1 .. T_k is t, and which of the later ones, or of 0, is t': indices (count,), both uniform.
+    """Indices (count,) of t among T_1 .. T_k, and of t' among the later ones and 0, both uniform.
 
-    Ours: the 0, as else T_k, where the last step starts, has no t'; every t alike, as T_k has few of all pairs; and no
-    logit-normal, whose m and s the paper gives, but not what it would draw.
+    Ours: the 0, without which T_k, where the last step starts, has no t'; t uniform first, as of all pairs few start at
+    T_k; no logit-normal: the paper gives its m and s, but not what it draws.
     """
     i = torch.randint(k, (count,), device=device)
     return i, i + 1 + (torch.rand(count, device=device) * (k - i)).long()
@@ -189,7 +190,7 @@ class Adversaries:
         return jump(x_t, velocity, t, t_next), jump(x_t, velocity, t, 0 * t)
 
     def discriminator_loss(self, x_t, t, t_next, x0, noise, _, *text):
-        """The heads' loss, the mean scores of real and fake clips, and how many are right."""
+        """The heads' loss, the mean scores of real and fake clips, and the share on the right side of 0."""
         with torch.no_grad():
             fake, _ = self.fakes(x_t, t, t_next, *text)
         real = add_noise(x0, noise, t_next)  # Eq. (7), real
@@ -282,8 +283,7 @@ def train(cfg, path, generator, warm, draw, about):
     Returns the averaged generator and what it is and makes.
     """
     torch.manual_seed(cfg.seed)
-    how = dict(num_steps=cfg.num_steps, guidance_scale=1., shift=cfg.shift, terminal=0., stochastic=cfg.stochastic,
-               distilled=fingerprint(generator, ""))  # by which --resume knows what it went on from
+    how = dict(num_steps=cfg.num_steps, guidance_scale=1., shift=cfg.shift, terminal=0., stochastic=cfg.stochastic)
     student = SimpleNamespace(**vars(about) | how)
     model, ema = copy.deepcopy(warm).requires_grad_(), copy.deepcopy(warm)
     heads = (discriminator := Discriminator(generator, cfg.trunk, cfg.head).to(generator.table.device)).heads
@@ -329,7 +329,7 @@ def evaluate(table, name, models, vae, about, count, *how):
 
 
 def ablation(cfg, path, generator, draw, vae, about):
-    """Table 5, and each part of the method alone, in as many steps; into out/ablation.txt. Returns the last's figures.
+    """Table 5's heads, and each part of the method alone, in equal steps; into out/ablation.txt. Returns the last row.
 
     The warm start and its lessons are those of one seed; the spread is of what follows.
     """
@@ -354,6 +354,7 @@ def ablation(cfg, path, generator, draw, vae, about):
     for n in 1, 2, 8:
         evaluate(table, f"the same, {n} steps", models, vae, about, cfg.score_clips, *few(n))
     once(path.with_suffix(".txt").write_text)("\n".join(table) + "\n")
+    once(path.unlink)()
     return figures
 
 
@@ -391,6 +392,7 @@ def main(cfg):
     began, out, device = time.time(), Path(cfg.out), setup(cfg)
     init = cfg.init or out / ("pruned.pt" if (out / "pruned.pt").exists() else "dit.pt")
     generator, about = load_dit(init, device=device, data=cfg.data)
+    about.distilled = fingerprint(generator, "")  # by which --resume knows what it went on from
     vae, path = load_vae(about.out, device, about.vae), out / "distilled.pt"
     print0(f"distill: {init}, {sum(p.numel() for p in generator.parameters()):,} parameters, {about.num_steps} steps "
            f"of guidance {about.guidance_scale:g} -> {cfg.num_steps} without; {WORLD} x {device.type}")
@@ -399,7 +401,9 @@ def main(cfg):
     if cfg.ablation and (about.data != "synthetic" or cfg.resume or min(cfg.seeds, cfg.score_clips) < 1):
         raise Abort("--ablation takes a generator of synthetic clips, --seeds and --score_clips of at least 1, and no "
                     "--resume")
-    if again and load(path, finished=False)["generator"].get("distilled") != fingerprint(generator, ""):
+    if Path(init).resolve() == path.resolve():
+        raise Abort(f"--init {init} is what this run would overwrite: rename it first")
+    if again and load(path, finished=False)["generator"].get("distilled") != about.distilled:
         raise Abort(f"{path} was not distilled from {init} as that is now: start again without --resume")
     cache = encode_clips(about, vae, device)
     lesson = lru_cache(None)(partial(teach, cfg, teacher, cache, device))
@@ -409,7 +413,7 @@ def main(cfg):
         return summary("DISTILL", figures, began)
     warm = warm_start(cfg, generator, draw) if cfg.warm_steps and not again else generator
     ema, student = train(cfg, path, generator, warm, draw, about)
-    fast = cfg.bf16 and device.type != "cpu"  # on a CPU autocast would convert the weights at every call
+    fast = cfg.bf16 and device.type != "cpu"  # there it costs more than it saves to convert the weights at every call
     with torch.autocast(device.type, torch.bfloat16, enabled=fast):
         figures = speed(generator, ema, vae, about, student)
         if cfg.score_clips and about.data == "synthetic":

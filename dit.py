@@ -363,6 +363,8 @@ def fingerprint(model, parts=("encoder", "mean", "std")):
 
 def load_vae(folder, device="cpu", name=None):
     """The VAE of folder/vae.pt; where a name is given, it must have that fingerprint."""
+    if name and not Path(folder, "vae.pt").is_file():
+        raise Abort(f"{folder}/vae.pt is missing: copy there the one that the generator was trained with")
     checkpoint = load(Path(folder) / "vae.pt", "vae")
     vae = VAE(VAEConfig(**{f.name: checkpoint["config"][f.name] for f in fields(VAEConfig)}))
     vae.load_state_dict(checkpoint["model"])

@@ -43,7 +43,7 @@ class Config(LaterStage):
 
 
 PRESETS = {"toy": {}, "paper": dict(frames=49, size=(384, 512))}  # Sec. 5
-BOUNDS = {32: (1e-5, 1e-5), 16: (3e-3, 5e-3), 8: (3e-2, 6e-2), 4: (.3, .6)}  # relative errors: a step or decoding, a run
+BOUNDS = {32: (1e-5, 1e-5), 16: (3e-3, 5e-3), 8: (3e-2, 6e-2), 4: (.3, .6)}  # relative errors: of a step, of a run
 CORE_ML = sys.platform == "darwin" and int(platform.mac_ver()[0].split(".")[0]) >= 15  # older ones: no iOS 18 package
 # Ours: a roofline for the iPhone 16 Pro Max: the rate at which the 2B model's 4.94 TFLOPs of a step at 49 x 384 x 512
 # take the paper's 880 ms (Table 3), and the 60 GB/s of its memory.

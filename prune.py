@@ -32,11 +32,12 @@ from vae import (PAPER, Abort, Meter, Training, dry_run, flag, launch, load, mak
 # ------------------------------------------------------------------------------------------------ candidates
 SIZES = "depth", "num_heads", "ffn_dim"             # of a DiT, one for each level of granularity
 LEVELS = {"blocks": 0, "self_attn": 1, "cross_attn": 1, "ffn": 2}  # of masks: their place in SIZES, groups and kept
-PAPER_CUT = 8 / 28, 12 / 32, 1 / 4                  # shares that the paper prunes of them: heads "more aggressively"
+PAPER_CUT = 8 / 28, 12 / 32, 1 / 4                  # shares of them that the paper prunes, of heads "more aggressively"
 LORA_RANK = 4                                       # Ours: of the light update in the search
 LINEARS = {"self_attn": ("to_q", "to_k", "to_v"), "cross_attn": ("to_q", "to_k", "to_v"), "ffn": ("up",)}  # masked
-SEARCHED = LINEARS | dict.fromkeys(("self_attn", "cross_attn"), ("to_v",))  # Ours: see Search
-TEMPERATURES = 4., .1                               # of the Gumbel-softmax, first and last [7]
+SEARCHED = {"self_attn": ("to_v",), "cross_attn": ("to_v",), "ffn": ("up",)}  # Ours: see Search
+# Ours, after [7]: hard Gumbel-softmax, LoRA and the logits' average, as the paper does not say how it learns masks.
+TEMPERATURES = 4., .1                               # of the Gumbel-softmax, first and last
 PHONE = 7, 12, 16                                   # latents of the 49 x 384 x 512 video that the paper's phone makes
 
 
@@ -51,9 +52,9 @@ def shrink(about, groups, kept):
 
 
 def fit_budget(about, groups, budget):
-    """Units (blocks, heads, channels) that a group keeps, for at most `budget` parameters (share of them, if <= 1).
+    """Units (blocks, heads, channels) that a group keeps, for at most `budget` parameters (up to 1: a share of them).
 
-    Ours: the paper's cuts of the three levels, scaled together up to the first that fits; under 1e9 it is the paper's.
+    Ours: the paper's cuts of the three levels, scaled together to the first that fits; for 1e9 that is the paper's.
     """
     if len(groups) != 3 or any(m < 1 or getattr(about, name) % m for name, m in zip(SIZES, groups)):
         raise Abort(f"--groups {','.join(map(str, groups))} do not divide the generator's blocks, heads and channels: "
@@ -75,6 +76,8 @@ class Candidates:
         self.masks, self.shapes = {}, {}
         for level, i in LEVELS.items():
             units, m, n = getattr(about, SIZES[i]), groups[i], kept[i]
+            if math.comb(m, n) > 20_000:
+                raise Abort(f"{n} of a group of {m} are {math.comb(m, n):,} choices: take smaller --groups")
             subsets = list(itertools.combinations(range(m), n))
             self.masks[level] = F.one_hot(torch.tensor(subsets), m).sum(1).float()
             self.shapes[level] = (about.depth,) * (i > 0) + (units // m, len(subsets))           # of a level's logits
@@ -108,7 +111,7 @@ def masking(model, masks, linears=LINEARS):
         changes.append((block, lambda x, y, m=m: y * m + x * (1 - m)))  # Eq. (3)
         for level, name in ((level, name) for level, names in linears.items() for name in names):
             linear, m = getattr(part := getattr(block, level), name), masks[level][:, i, None]
-            if name in ("to_q", "to_k"):  # Ours: its norm counts kept heads alone, or others' zeros sharpen attention
+            if name in ("to_q", "to_k"):  # Ours: the norm counts kept heads alone, else zeros sharpen attention
                 norm, s = getattr(part, name.replace("to", "norm")), m.mean(-1, keepdim=True).sqrt()
                 changes.append((norm, lambda x, _, norm=norm, s=s: rms_norm(x / s, norm.eps) * s * norm.weight))
             m = m.repeat_interleave(linear.out_features // m.shape[-1], -1)                      # (B, 1, D)
@@ -144,8 +147,8 @@ def gumbel(logits, count, device=None):
 class Search(nn.Module):
     """The frozen DiT under masks drawn for each clip, and a light update (LoRA) of its linears, thrown away after.
 
-    Ours: of a head only the values are masked. Without queries and keys it would attend to all tokens alike, and the
-    straight-through gradient, which asks what it is worth to have it back, would be told of that.
+    Ours: of a head only the values are masked. With zeros for queries and keys it would attend to all tokens alike, and
+    the straight-through gradient would tell the worth of that head, not of the one that would come back.
     """
 
     def __init__(self, model, candidates):
@@ -173,10 +176,10 @@ class Search(nn.Module):
 def search(cfg, teacher, candidates, draw, device, path=None, about=None):
     """Learn which units to keep; returns the masks (B = 1) of the logits' moving average.
 
-    Checkpoints to path, if there is one, and says there what the teacher is: about.
+    Writes checkpoints to path, if given; about: what the teacher is, which they record.
     """
     module, losses = Search(teacher, candidates).to(device), []
-    prepare(teacher.blocks, replace(cfg, compile=False))  # its hooks are others at every step
+    prepare(teacher.blocks, replace(cfg, compile=False))  # its hooks change at every step
     average_logits, cfg = copy.deepcopy(module.logits).requires_grad_(False), replace(cfg, steps=cfg.search_steps)
     optimizers = [torch.optim.AdamW(module.logits.values(), cfg.search_lr, weight_decay=0),
                   torch.optim.AdamW([*module.down, *module.up], cfg.lr, weight_decay=0)]
@@ -187,6 +190,8 @@ def search(cfg, teacher, candidates, draw, device, path=None, about=None):
         loss, = update(partial(module, temperature), batch, optimizers, step, cfg)
         average(average_logits, module.logits, .9, step)
         losses.append(loss.item())
+        if (step + 1) % cfg.log_every == 0:
+            print0(f"search {step + 1}/{cfg.steps}  loss {np.mean(losses[-cfg.log_every:]):.4f}")
         if path and (step + 1) % cfg.save_every == 0:
             save_dit(path, step + 1, cfg, about, optimizers=optimizers, **own)
     module.hooks.close()
@@ -203,7 +208,7 @@ class Student(nn.Module):
     def __init__(self, cfg, model, teacher):
         super().__init__()
         self.model, self.alpha, self.output_kd = model, cfg.alpha, cfg.output_kd
-        count = teacher.cfg.depth // cfg.groups[0] * (cfg.alpha > 0)
+        count = teacher.cfg.depth // cfg.groups[0] * (cfg.alpha > 0)  # Ours: N, those of pruning
         self.affine = nn.ModuleList(nn.Linear(model.cfg.width, teacher.cfg.width) for _ in range(count))
         for affine in self.affine:
             nn.init.eye_(affine.weight), nn.init.zeros_(affine.bias)  # Ours: a pruned DiT starts close to the teacher
@@ -227,15 +232,16 @@ class Student(nn.Module):
         return torch.stack([loss + self.alpha * distill, loss, distill])  # Eq. (6)
 
 
-def finetune(cfg, model, teacher, draw, device, path, about=None):
-    """Train a DiT, with KD if cfg.alpha. Returns its moving average. Checkpoints to path if told what it is: about."""
+def finetune(cfg, model, teacher, draw, device, path=None, about=None):
+    """Train a DiT, with KD if cfg.alpha; returns its moving average. Writes checkpoints to path, if given."""
     began, losses, student = time.time(), [], Student(cfg, model, teacher).to(device)
     ema, optimizers = copy.deepcopy(model).requires_grad_(False), make_optimizers(model, cfg.lr, cfg.muon_lr)
     if cfg.alpha:
         optimizers.append(torch.optim.AdamW(student.affine.parameters(), cfg.lr, weight_decay=0))
-    start = resume(path, cfg, {"model": student, "ema": ema}, optimizers)
-    if about and not start:
+    start = resume(path, cfg, {"model": student, "ema": ema}, optimizers) if path else 0
+    if path and not start:
         save_dit(path, 0, cfg, about, student, ema, optimizers)  # --resume need not search again
+        once(path.with_name("search.pt").unlink)(missing_ok=True)
     prepare([*model.blocks, *teacher.blocks], cfg)
     for step in progress(start, cfg.steps):
         _, *parts = update(partial(student, teacher), draw((cfg.seed, step)), optimizers, step, cfg)
@@ -244,9 +250,9 @@ def finetune(cfg, model, teacher, draw, device, path, about=None):
         if (step + 1) % cfg.log_every == 0:
             print0(f"step {step + 1}/{cfg.steps}  loss {{:.4f}}  distill {{:.4f}}  {(time.time() - began) / 60:.1f} min"
                    .format(*np.mean(losses[-cfg.log_every:], 0)))
-        if about and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
+        if path and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
             save_dit(path, step + 1, cfg, about, student, ema, optimizers)
-    prepare(teacher.blocks, replace(cfg, compile=False))  # to be timed beside the student's average
+    prepare(teacher.blocks, replace(cfg, compile=False, checkpointing=False))  # to be timed beside the average
     return ema
 
 
@@ -266,26 +272,28 @@ def measure(cfg, model, vae, about, draw):
 
 
 @torch.no_grad()
-def step_costs(models, about, latent_shape):
+def step_costs(cfg, models, about, latent_shape):
     """Median ms of a denoising step, GFLOPs and peak MB, weights included, of each model; timed in turns."""
-    costs, inputs = [], step_inputs(about, latent_shape, 1, models[0].table.device)
-    for model, ms in zip(models, median_ms([partial(model, *inputs) for model in models], 15)):
-        with Meter() as meter:
-            model(*inputs)
-        weights = sum(p.nbytes for p in model.parameters())
-        costs.append(dict(step_ms=ms, gflops=meter.flops / 1e9, peak_mb=(weights + meter.most) / 1e6))
+    costs, device = [], models[0].table.device
+    inputs = step_inputs(about, latent_shape, 1, device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16 and device.type != "cpu"):
+        for model, ms in zip(models, median_ms([partial(model, *inputs) for model in models], 15)):
+            with Meter() as meter:
+                model(*inputs)
+            weights = sum(p.nbytes for p in model.parameters())
+            costs.append(dict(step_ms=ms, gflops=meter.flops / 1e9, peak_mb=(weights + meter.most) / 1e6))
     return costs
 
 
 def sensitivity(cfg, teacher, vae, about, draw, device):
-    """Fig. 3: prune each level alone, progressively. Ours: no fine-tuning; what goes is searched at every strength."""
+    """Fig. 3: prune each level alone, progressively. Ours: no fine-tuning; each setting has a search of its own."""
     rows, settings = [], [("none", cfg.groups)]
     for i, m in enumerate(cfg.groups):
         settings += [(SIZES[i], (*cfg.groups[:i], n, *cfg.groups[i + 1:])) for n in range(m - 1, 0, -1)]
     for level, kept in settings:
         model, small = (teacher, about) if level == "none" else \
             cut(teacher, about, search(cfg, teacher, Candidates(about, cfg.groups, kept), draw, device))
-        (whole, cost), size = step_costs([teacher, model], about, PHONE), getattr(small, level, 0)
+        (whole, cost), size = step_costs(cfg, [teacher, model], about, PHONE), getattr(small, level, 0)
         row = cost | dict(speedup=whole["step_ms"] / cost["step_ms"]) | measure(cfg, model, vae, small, draw)
         rows.append(dict(level=level, kept=size, **summary(f"{level} {size or ''}", row)))
     once(Path(cfg.out, "sensitivity.json").write_text)(json.dumps(rows, indent=1))
@@ -304,7 +312,7 @@ def ablation(cfg, teacher, vae, about, kept, draw, device, trained):
                                   key=lambda small: abs(count_parameters(small) - size))
     scratch = {"shallow": closest(dict(depth=n) for n in range(1, about.depth)), "narrow": closest(
         dict(head_dim=n, width=n * about.num_heads, ffn_dim=about.ffn_dim * n // about.head_dim)
-        for n in range(2, about.head_dim, 2))}
+        for n in range(2, about.head_dim, 2))}  # Ours: narrower heads, as many
     cuts = {"tri-level": dict(output_kd=False), "output KD": dict(output_kd=True), "no KD": dict(alpha=0.),
             "random": dict(alpha=0.), "magnitude": dict(alpha=0.)}
     methods, rows, figures = cuts | dict.fromkeys(scratch, dict(alpha=0.)), [], {}
@@ -321,7 +329,7 @@ def ablation(cfg, teacher, vae, about, kept, draw, device, trained):
             masks = {"random": candidates.read_out({k: torch.rand_like(w) for k, w in weight.items()}),
                      "magnitude": candidates.read_out(weight)}.get(method, learned)
             model, small = cut(teacher, about, masks)
-        ema = finetune(own, model, teacher, draw, device, cfg.out)
+        ema = finetune(own, model, teacher, draw, device)
         row = dict(steps=own.steps, cpu_minutes=(time.process_time() - began) / 60)
         row |= measure(cfg, ema, vae, small, draw)
         rows.append(dict(method=method, seed=seed, **summary(f"{method}, seed {seed}:", row)))
@@ -360,7 +368,8 @@ PRESETS = {"toy": COMPILED, "paper": PAPER | dict(  # Sec. 4.2.1. Ours: groups, 
 
 def describe(cfg, about, kept, n):
     """What vae.dry_run counts, for n clips at a time: the search, and fine-tuning, which needs more memory."""
-    teacher, shape = build(about).requires_grad_(False), (1 + about.frames // 8, *(n // 32 for n in about.size))
+    teacher, (every, space) = build(about).requires_grad_(False), about.compression
+    shape = 1 + about.frames // every, *(side // space for side in about.size)
     module = Search(teacher, Candidates(about, cfg.groups, kept))
     model, ema = (build(shrink(about, cfg.groups, kept)) for _ in "12")
     student = Student(cfg, model, teacher)
@@ -393,8 +402,10 @@ def main(cfg):
         print0(f"  {level:10} {part} of {whole}: {len(masks)} choices in each {masks.shape[1]}; {count} without groups")
     if cfg.dry_run:
         return dry_run("PRUNE", cfg, partial(describe, cfg, about, kept))
-    if cfg.ablation and (cfg.resume or cfg.seeds < 1):
-        raise Abort("--ablation takes --seeds of at least 1 and no --resume")
+    if (cfg.ablation or cfg.sensitivity) and (cfg.resume or cfg.seeds < 1):
+        raise Abort("--ablation and --sensitivity take --seeds of at least 1 and no --resume")
+    if Path(init).resolve() == path.resolve():
+        raise Abort(f"--init {init} is what this run would overwrite: rename it first")
     path.parent.mkdir(parents=True, exist_ok=True)  # before hours of work that end in a file there
     vae = load_vae(about.out, device, about.vae)
     cache = encode_clips(about, vae, device)
@@ -403,7 +414,7 @@ def main(cfg):
         return summary("PRUNE", sensitivity(cfg, teacher, vae, about, draw, device), began)
     if cfg.ablation:
         return summary("PRUNE", ablation(cfg, teacher, vae, about, kept, draw, device, load(init)["config"]), began)
-    found = next((file for file in (path, searched) if cfg.resume and file.exists()), None)
+    found = next((file for file in (searched, path) if cfg.resume and file.exists()), None)
     saved = found and load(found, finished=False)["generator"]
     if found and saved.get("pruned") != about.pruned:
         raise Abort(f"{found} was not pruned from {init} as that is now: start again without --resume")
@@ -415,12 +426,11 @@ def main(cfg):
             rows = [f"{level} {''.join('.#'[int(m)] for m in masks[level][0, i, :48])}" for level in LINEARS if block]
             print0(f"  block {i:2}  {'  '.join(rows) or 'cut'}")
         model, small = cut(teacher, about, masks)
-    ema = finetune(cfg, model, teacher, draw, device, path, small)
-    once(searched.unlink)(missing_ok=True)
+    ema = finetune(replace(cfg, resume=found == path), model, teacher, draw, device, path, small)
     figures = {k + name: v for name, model, what in (("", ema, small), ("_teacher", teacher, about))
                for k, v in measure(cfg, model, vae, what, draw).items()}
     for shape in vae.latent_shape(about.frames, *about.size)[1:], PHONE:
-        (whole, part), tokens = step_costs([teacher, ema], about, shape), math.prod(shape)
+        (whole, part), tokens = step_costs(cfg, [teacher, ema], about, shape), math.prod(shape)
         figures |= {f"speedup_{tokens}_tokens": whole["step_ms"] / part["step_ms"],
                     f"flops_ratio_{tokens}_tokens": whole["gflops"] / part["gflops"]}
     contact_sheet(path.with_suffix(".png"), ema, vae, small, cfg.bf16)

@@ -1273,13 +1273,13 @@ def test_measuring_takes_micro_batches():
     assert counts == [2] * 8 + [1] * 16 and abs(losses[0] - losses[1]) < 1e-5 * losses[0]
 
 
-def test_finetuning_compiles_both_and_leaves_them_plain(folder):
+def test_finetuning_compiles_both_and_leaves_them_plain():
     """So that what prune.py times side by side is alike."""
     (teacher, about), batch, compiled = tiny_generator(), (torch.ones(2, 8, 2, 3, 2), *tiny_inputs()), Mock()
     model, _ = prune.cut(teacher, about, random_masks(prune.Candidates(about, (2, 4, 4), (1, 2, 3))))
     with patch.object(torch, "compile", lambda forward, **_: lambda *args: compiled() and forward(*args)):
         ema = prune.finetune(replace(TINY_PRUNE, steps=1, batch_size=2, compile=True), model, teacher, lambda _: batch,
-                             "cpu", folder)
+                             "cpu")
     compiled = [compiled.call_count, teacher(*batch[1:]), ema(*batch[1:]), compiled.call_count]
     assert compiled[0] == compiled[-1] == 2 + 4                          # blocks
 
@@ -1296,10 +1296,15 @@ def test_prune_resumes_to_the_same_bits_and_says_what_is_wrong(folder):
         assert vae.load(twice / f"{name}.pt", finished=False)["step"] == step
         with patch.object(prune, "fingerprint", lambda *_: "of another generator"):
             aborts(f"{name}.pt was not pruned from", prune.main, replace(TINY_PRUNE, out=str(twice), resume=True))
-    prune.main(replace(TINY_PRUNE, out=str(twice), resume=True))
-    assert not (twice / "search.pt").exists()
-    a, b = vae.load(once / "pruned.pt"), vae.load(twice / "pruned.pt")
-    assert (wrong := [k for k in a if k != "config" and not same(a[k], b[k])]) == [], wrong
+    for seed in 0, 1:
+        prune.main(replace(TINY_PRUNE, out=str(twice), resume=True, seed=seed))
+        assert not (twice / "search.pt").exists()
+        a, b = vae.load(once / "pruned.pt"), vae.load(twice / "pruned.pt")
+        assert (wrong := [k for k in a if k != "config" and not same(a[k], b[k])]) == [], wrong
+        if not seed:                                                     # a new search beside the old pruned.pt
+            prune.main(replace(TINY_PRUNE, out=str(once), seed=1))
+            with patch.object(prune, "save_dit", breaking(prune.save_dit, 1)):
+                aborts("broken off", prune.main, replace(TINY_PRUNE, out=str(twice), seed=1))
     model, about = dit.load_dit(once / "pruned.pt")
     assert len(about.kept["blocks"]) == about.depth == model.cfg.depth == 1 and (once / "pruned.png").exists()
     dit.main(replace(TINY_DIT, out=str(once), num_heads=1, depth=4))         # a generator of another shape
@@ -1307,9 +1312,13 @@ def test_prune_resumes_to_the_same_bits_and_says_what_is_wrong(folder):
                          ("do not divide", "--groups 2,2"), ("do not divide", "--groups 2,0,4"),
                          ("no generator", f"--init {once}/vae.pt"), ("is missing", f"--init {once}/none.pt"),
                          ("another --budget", "--resume --budget .7"), ("another --alpha", "--resume --alpha 0"),
+                         ("--alpha -1.0", "--alpha=-1"), ("--search_lr nan", "--search_lr nan"),
+                         ("of a group of 64 are", "--groups 2,2,64"), ("no --resume", "--resume --sensitivity"),
+                         ("would overwrite", f"--budget 1 --groups 1,1,4 --init {twice}/pruned.pt"),
                          ("no --resume", "--resume --ablation"), ("--seeds of at least 1", "--ablation --seeds 0"),
                          ("was not pruned from", f"--resume --init {once}/dit.pt --groups 2,1,4")):
-        values = {f.name: getattr(TINY_PRUNE, f.name) for f in fields(TINY_PRUNE) if f.type in (int, float)}
+        values = {f.name: getattr(replace(TINY_PRUNE, seed=1), f.name) for f in fields(TINY_PRUNE)
+                  if f.type in (int, float)}
         tiny = [f"--{k}={v}" for k, v in values.items()] + ["--no-bf16", "--groups=2,2,4", f"--out={twice}"]
         complains(words, prune, *tiny, *flags.split())
 
@@ -1505,6 +1514,11 @@ def test_distill_says_what_is_wrong(folder):
                          ("another VAE", f"--trunk 1 --init {trained()}/dit.pt --teacher {folder}/other.pt"),
                          ("lead nowhere", f"--trunk 1 --init {trained()}/dit.pt --num_steps 0 --out {folder}/new")):
         complains(words, distill, "--out", str(folder), *flags.split())
+    shutil.copy(trained() / "dit.pt", folder / "distilled.pt")
+    flags = "--trunk", "1", "--out", str(folder), "--init", f"{folder}/distilled.pt"
+    complains("copy there the one", distill, *flags)
+    shutil.copy(trained() / "vae.pt", folder)
+    complains("would overwrite", distill, *flags)
     for part in "discriminator_loss", "reconstruction_loss":
         cfg = replace(TINY_DISTILL, out=str(folder), init=f"{trained()}/dit.pt", warm_steps=0)
         poisoned = Mock(wraps=getattr(distill, part))

@@ -93,8 +93,9 @@ class Training(Stage):
         for name in "batch_size", "accumulate", "save_every", "log_every", "gpus":
             if getattr(self, name) < 1:
                 raise Abort(f"--{name} {getattr(self, name)}: give at least 1")
-        for name in "lr", "muon_lr", "fps", "num_clips", "gpu_tflops", "utilisation":
-            if not (value := getattr(self, name, 1)) < math.inf or value < 0 or value == 0 and "lr" not in name:
+        above = "fps", "num_clips", "gpu_tflops", "utilisation", "huber"
+        for name in "lr", "muon_lr", "search_lr", "head_lr", "alpha", "clip", "ema", *above:
+            if not 0 <= (value := getattr(self, name, 1)) < math.inf or value == 0 and name in above:
                 raise Abort(f"--{name} {value}: give a number above 0")
         processes = self.gpus if self.dry_run else WORLD
         if self.batch_size % (processes * self.accumulate):
