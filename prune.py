@@ -26,7 +26,7 @@ import dit
 from dit import (COMPILED, LaterStage, add_noise, average, build, contact_sheet, encode_clips, fingerprint,
                  flow_matching_loss, load_dit, load_vae, rms_norm, save_dit, score_samples, step_inputs, test_captions,
                  training_batch)
-from vae import (PAPER, Abort, Meter, Training, dry_run, flag, launch, load, make_optimizers, median_ms, once,
+from vae import (PAPER, Abort, Meter, Training, barrier, dry_run, flag, launch, load, make_optimizers, median_ms, once,
                  prepare, print0, progress, resume, seeded, setup, share, summary, update)
 
 # ------------------------------------------------------------------------------------------------ candidates
@@ -418,6 +418,7 @@ def main(cfg):
     saved = found and load(found, finished=False)["generator"]
     if found and saved.get("pruned") != about.pruned:
         raise Abort(f"{found} was not pruned from {init} as that is now: start again without --resume")
+    barrier()  # all have read it
     if found == path:
         small.kept, model = saved["kept"], build(small).to(device)
     else:
