@@ -666,7 +666,8 @@ def main(cfg):
         figures |= dict(semantic=score_samples(ema, vae, about, "full", cfg.score_clips)["semantic"],
                         semantic_reconstructed=score(again, said)["semantic"])
     print0(f"{path.with_suffix('.png')} shows:", *test_captions(cfg, "full", 8)[0], sep="\n  ")
-    return summary("DIT", figures, began, "python sample.py --score 192, then python prune.py")
+    scored = " --score 192" * (cfg.data == "synthetic")
+    return summary("DIT", figures, began, f"python sample.py{scored}, then python prune.py")
 
 
 if __name__ == "__main__":
