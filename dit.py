@@ -468,7 +468,7 @@ class Config(GeneratorConfig, Training):
     log_every: int = flag(100)
 
 
-# Ours: torch.compile takes half a minute, then a step of dit.py is 1.3 times, of prune.py 1.6 times as fast, on a CPU
+# Ours: torch.compile takes half a minute, then a step of dit.py is 1.3 times, of prune.py 1.4 times as fast, on a CPU
 # that has what it needs. Not for the VAE nor in distill.py, where it gains less than it costs.
 COMPILED = TOY | dict(compile=sys.platform == "linux" and not torch.cuda.is_available() and bool(shutil.which("g++"))
                       and Path(sysconfig.get_path("include"), "Python.h").exists())
