@@ -311,8 +311,8 @@ def euler_times(num_steps, shift=1., terminal=0.):
 
     terminal > 0: then stretched so that the last of several steps starts there, as LTX-Video's scheduler does.
     """
-    if num_steps < 1 or not shift > 0:
-        raise Abort(f"{num_steps} steps with a shift of {shift:g} lead nowhere: take at least 1, and a shift above 0")
+    if num_steps < 1:
+        raise Abort(f"{num_steps} steps lead nowhere: take at least 1")
     t = torch.linspace(1, 0, num_steps + 1)
     t = shift * t / (1 + (shift - 1) * t)
     if terminal and num_steps > 1:
@@ -446,14 +446,15 @@ def training_batch(cfg, about, cache, device, key):
 class GeneratorConfig(DiTConfig, DataConfig):
     """What a generator is and makes; it travels with the checkpoints of every stage from here on."""
     text_encoder: str = flag("", "folder or Hugging Face name of T5 or another encoder; not given: a vector per word")
-    num_clips: int = flag(4000, "clips that are encoded and trained on, at most")
+    num_clips: int = flag(4000, "clips that are encoded and trained on, at most", least=1)
     text_length: int = flag(12, "words or tokens of a caption, the rest is cut off")
     num_steps: int = flag(40, "denoising steps of a sample")
     guidance_scale: float = flag(1.25, "classifier-free guidance of the 40-step recipe")
     stochastic: bool = flag(True, "Ours: every step draws fresh noise; --no-stochastic: Euler's method alone")
-    shift: float = flag(6., "Ours: above 1, more of the sampling steps go near noise [6]")
+    shift: float = flag(6., "Ours: above 1, more of the sampling steps go near noise [6]", least=1e-3)
     terminal: float = flag(0., "stretch the times so that the last step starts here, as LTX-Video does; 0: do not")
-    timestep_mean: float = flag(1.5, "Ours: t is, in training, the sigmoid of a normal variable [6] of this mean")
+    timestep_mean: float = flag(1.5, "Ours: t is, in training, the sigmoid of a normal variable [6] of this mean",
+                                least=-math.inf)
     timestep_std: float = flag(1.2, "standard deviation of that normal variable")
 
 
@@ -535,8 +536,6 @@ def find_generator(folder, checkpoint=""):
 
 def recipe(about):
     """Times, guidance scale, and whether each step draws noise, that a generator samples with unless told otherwise."""
-    if not math.isfinite(about.guidance_scale):
-        raise Abort(f"--guidance_scale {about.guidance_scale}: give a finite number")
     return euler_times(about.num_steps, about.shift, about.terminal), about.guidance_scale, about.stochastic
 
 

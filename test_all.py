@@ -247,7 +247,7 @@ def test_command_line_says_what_is_wrong(folder):
              ("100x128", "--size 100,128"), ("19 frames", "--frames 19 --ratio 4x16x16"), ("--lr -1.0", "--lr=-1"),
              ("--lr nan", "--lr nan"), ("empty.txt", f"--out {folder}/empty.txt"), ("holds no", f"--data {folder}")),
             (dit, folder, ("--nonsense", "--nonsense 3"), ("--fps 0.0", "--fps 0"), ("--num_clips 0", "--num_clips 0"),
-             ("lead nowhere", "--num_steps 0"), ("lead nowhere", "--shift 0"), ("is even", "--width 186 --head_dim 31"),
+             ("lead nowhere", "--num_steps 0"), ("--shift 0.0", "--shift 0"), ("is even", "--width 186 --head_dim 31"),
              ("--text_dim 63", "--text_dim 63"), ("is even", "--head_dim 0"), ("--final_norm RMS", "--final_norm RMS"),
              ("--utilisation 0.0", "--dry_run --utilisation 0"), ("multiple of --head_dim", "--dry_run --width 200"),
              ("python vae.py first", ""), ("whole checkpoint", f"--out {folder}/broken")),

@@ -48,9 +48,15 @@ class Abort(Exception):
         super().__init__(message.strip().rpartition("Abort: ")[2].splitlines()[0])  # no loading process' traceback
 
 
-def flag(default, help=None):
-    """A field of a Config, and so a flag; without help, that of the class it inherits the field from."""
-    return field(default=default, metadata={"help": help})
+def flag(default, help=None, least=None):
+    """A field of a Config, and so a flag; its help and least value (else 0), where not given, are the base class's."""
+    return field(default=default, metadata={"help": help, "least": least})
+
+
+def told(Config, name, what, otherwise=None):
+    """Metadata of the field of that name, by the nearest class that tells it."""
+    own = (c.__dict__.get("__dataclass_fields__", {}).get(name) for c in Config.__mro__)
+    return next((f.metadata[what] for f in own if f and f.metadata[what] is not None), otherwise)
 
 
 def read_text(path):
@@ -68,35 +74,35 @@ class Stage:
     out: str = flag("out", "folder of results, and of the checkpoints of earlier stages")
     seed: int = flag(0, "seeds weights, data and noise")
 
+    def __post_init__(self):
+        for f in fields(self):
+            value, least = getattr(self, f.name), told(type(self), f.name, "least", 0)
+            if isinstance(value, (int, float)) and not least <= value < math.inf:
+                raise Abort(f"--{f.name} {value}: give a number, {least:g} or more")
+
 
 @dataclass
 class Training(Stage):
     """Flags of every stage that trains. What a step computes does not depend on processes or micro-batches."""
     steps: int = flag(0, "training steps")
-    batch_size: int = flag(24, "clips per step, shared among all processes")
+    batch_size: int = flag(24, "clips per step, shared among all processes", least=1)
     lr: float = flag(0., "AdamW's learning rate")
     muon_lr: float = flag(.02, "Muon's, for the blocks' matrices and kernels; 0: AdamW trains them too")
-    accumulate: int = flag(1, "micro-batches that a process makes of its share of a batch, to need less memory")
+    accumulate: int = flag(1, "micro-batches that a process makes of its share of a batch: less memory", least=1)
     clip: float = flag(0., "gradients are at most this long; 0: as long as they come")
     bf16: bool = flag(False, "compute in bfloat16, the weights stay float32; the toy: on CPUs made for it")
     checkpointing: bool = flag(False, "keep only the blocks' inputs for the backward pass, compute the rest again")
     compile: bool = flag(False, "compile the blocks with torch.compile")
-    save_every: int = flag(200, "steps between checkpoints")
-    log_every: int = flag(50, "steps between printed lines")
+    save_every: int = flag(200, "steps between checkpoints", least=1)
+    log_every: int = flag(50, "steps between printed lines", least=1)
     resume: bool = flag(False, "continue from the last checkpoint of an interrupted run, if there is one")
     dry_run: bool = flag(False, "print parameters, FLOPs, memory and hours, counted and, on a GPU, measured; and stop")
-    gpus: int = flag(1, "GPUs that --dry_run counts with")
-    gpu_tflops: float = flag(312., "TFLOPs that each computes in a second at best; an A100's in bfloat16")
-    utilisation: float = flag(.4, "share of these that training reaches")
+    gpus: int = flag(1, "GPUs that --dry_run counts with", least=1)
+    gpu_tflops: float = flag(312., "TFLOPs that each computes in a second at best; an A100's in bfloat16", least=1e-9)
+    utilisation: float = flag(.4, "share of these that training reaches", least=1e-9)
 
     def __post_init__(self):
-        for name in "batch_size", "accumulate", "save_every", "log_every", "gpus":
-            if getattr(self, name) < 1:
-                raise Abort(f"--{name} {getattr(self, name)}: give at least 1")
-        above = "fps", "num_clips", "gpu_tflops", "utilisation", "huber"
-        for name in "lr", "muon_lr", "search_lr", "head_lr", "alpha", "clip", "ema", *above:
-            if not 0 <= (value := getattr(self, name, 1)) < math.inf or value == 0 and name in above:
-                raise Abort(f"--{name} {value}: give a number above 0")
+        super().__post_init__()
         processes = self.gpus if self.dry_run else WORLD
         if self.batch_size % (processes * self.accumulate):
             raise Abort(f"--batch_size {self.batch_size} does not divide among {processes} processes of "
@@ -130,9 +136,7 @@ def launch(main, Config, presets):
     hint = f"(python {parser.prog} --help lists the flags)"
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} {hint}\n")
     for f in fields(Config):
-        fields_of = (getattr(c, "__dataclass_fields__", {}) for c in Config.__mro__)
-        said = next(own[f.name].metadata["help"] for own in fields_of if f.name in own and own[f.name].metadata["help"])
-        parser.add_argument(f"--{f.name}", default=f.default, help=f"{said} (%(default)s)",
+        parser.add_argument(f"--{f.name}", default=f.default, help=f"{told(Config, f.name, 'help')} (%(default)s)",
                             **KINDS.get(f.type, {"type": f.type}))
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # so that --help knows the preset, too
     first.add_argument("--preset", nargs="?", default="toy")
@@ -699,7 +703,7 @@ class DataConfig(Stage):
     """What a clip is; it travels with the checkpoints, so that later stages see the same clips."""
     frames: int = flag(17, "frames of a clip, 1 + a multiple of the VAE's temporal ratio")
     size: tuple = flag((128, 128), "height and width in pixels")
-    fps: float = flag(8., "frames per second that videos are resampled to")
+    fps: float = flag(8., "frames per second that videos are resampled to", least=1e-3)
     workers: int = flag(0, "processes that load clips; 0: the one that trains or encodes")
 
 
