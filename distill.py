@@ -53,7 +53,7 @@ class Config(LaterStage, Training):
     reconstruction_weight: float = flag(1., "Ours: weight of L_recon")
     huber: float = flag(.04, "Ours: c of the pseudo-Huber loss", least=1e-9)
     ablation: bool = flag(False, "train each part of the method and each head alone, and print the table")
-    seeds: int = flag(3, "runs a row of the ablation")
+    seeds: int = flag(3, "runs a row of the ablation", least=1)
     score_clips: int = flag(48, "captions of each test set whose samples are scored; 0 for none")
 
 
@@ -399,9 +399,8 @@ def main(cfg):
            f"of guidance {about.guidance_scale:g} -> {cfg.num_steps} without; {WORLD} x {device.type}")
     Discriminator(generator, cfg.trunk, cfg.head)  # raises where these do not fit
     teacher, again = load_teacher(cfg, init, about, device), cfg.resume and path.exists()
-    if cfg.ablation and (about.data != "synthetic" or cfg.resume or min(cfg.seeds, cfg.score_clips) < 1):
-        raise Abort("--ablation takes a generator of synthetic clips, --seeds and --score_clips of at least 1, and no "
-                    "--resume")
+    if cfg.ablation and (about.data != "synthetic" or cfg.resume or not cfg.score_clips):
+        raise Abort("--ablation takes a generator of synthetic clips, --score_clips of at least 1, and no --resume")
     if Path(init).resolve() == path.resolve():
         raise Abort(f"--init {init} is what this run would overwrite: rename it first")
     if again and load(path, finished=False)["generator"].get("distilled") != about.distilled:

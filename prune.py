@@ -358,7 +358,7 @@ class Config(LaterStage, Training):
     save_every: int = flag(250)
     sensitivity: bool = flag(False, "Fig. 3 instead: prune each level alone")
     ablation: bool = flag(False, "Table 4 instead: other ways to a DiT of this size")
-    seeds: int = flag(1, "runs of each way in --ablation")
+    seeds: int = flag(1, "runs of each way in --ablation", least=1)
 
 
 PRESETS = {"toy": COMPILED, "paper": PAPER | dict(  # Sec. 4.2.1. Ours: groups, batch, and how 200K steps are shared
@@ -402,8 +402,8 @@ def main(cfg):
         print0(f"  {level:10} {part} of {whole}: {len(masks)} choices in each {masks.shape[1]}; {count} without groups")
     if cfg.dry_run:
         return dry_run("PRUNE", cfg, partial(describe, cfg, about, kept))
-    if (cfg.ablation or cfg.sensitivity) and (cfg.resume or cfg.seeds < 1):
-        raise Abort("--ablation and --sensitivity take --seeds of at least 1 and no --resume")
+    if (cfg.ablation or cfg.sensitivity) and cfg.resume:
+        raise Abort("--ablation and --sensitivity take no --resume")
     if Path(init).resolve() == path.resolve():
         raise Abort(f"--init {init} is what this run would overwrite: rename it first")
     path.parent.mkdir(parents=True, exist_ok=True)  # before hours of work that end in a file there

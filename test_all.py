@@ -1233,7 +1233,7 @@ def test_prune_resumes_to_the_same_bits_and_says_what_is_wrong(folder):
                          ("--alpha -1.0", "--alpha=-1"), ("--search_lr nan", "--search_lr nan"),
                          ("of a group of 64 are", "--groups 2,2,64"), ("no --resume", "--resume --sensitivity"),
                          ("would overwrite", f"--budget 1 --groups 1,1,4 --init {twice}/pruned.pt"),
-                         ("no --resume", "--resume --ablation"), ("--seeds of at least 1", "--ablation --seeds 0"),
+                         ("no --resume", "--resume --ablation"), ("--seeds 0: give", "--ablation --seeds 0"),
                          ("was not pruned from", f"--resume --init {once}/dit.pt --groups 2,1,4")):
         tiny = [f"--{k}={v}" for k, v in vars(replace(TINY_PRUNE, seed=1)).items() if type(v) in (int, float)]
         complains(words, prune, *tiny, "--no-bf16", "--groups=2,2,4", f"--out={twice}", *flags.split())
