@@ -168,6 +168,7 @@ def setup(cfg):
         with together():
             store = dist.PrefixStore(restart, next(dist.rendezvous("env://"))[0])
             dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=RANK, world_size=WORLD,
+                                    device_id=device if cuda else None,
                                     timeout=timedelta(days=1))  # they end their shares of encode_clips hours apart
     torch.manual_seed(cfg.seed)
     return device
