@@ -230,8 +230,8 @@ def load_teacher(cfg, init, about, device):
 def teach(cfg, teacher, cache, device, i):
     """Lesson i: x_t at each t of T (k, B, C, f, h, w), the clean clips they lead to, and real ones with captions.
 
-    Ours: x_t is not a noised clip, but where guided steps of the teacher lead from noise, as x_t are what the student
-    meets when it samples [DMD2, arXiv 2405.14867]. The random numbers are the lesson's own, so that a resumed run,
+    Ours: x_t is where guided steps of the teacher lead from noise, not a noised clip: so the student will meet it when
+    it samples [DMD2, arXiv 2405.14867]. The random numbers are the lesson's own, so that a resumed run,
     which makes it later, makes the same.
     """
     times = euler_times(cfg.num_steps, cfg.shift)

@@ -333,7 +333,7 @@ def advance(x, velocity, t, t_next, noise=None):
 
 @torch.no_grad()
 def sample(model, noise, text_emb, text_mask, times, guidance_scale=1., renew=None):
-    """Integrate the model's velocity from noise (B, C, f, h, w) at times[0] to times[-1] in Euler steps.
+    """Integrate the model's velocity from noise (B, C, f, h, w) at times[0] to times[-1] in steps of advance.
 
     guidance_scale other than 1 runs the model on the caption and on no caption, and goes that much beyond the latter.
     renew() draws more such noise, which makes the steps stochastic.
@@ -353,7 +353,7 @@ def sample(model, noise, text_emb, text_mask, times, guidance_scale=1., renew=No
 
 # ------------------------------------------------------------------------------------------------ the latent cache
 def fingerprint(model, parts=("encoder", "mean", "std")):
-    """A hash of a model's weights; of a VAE of its latent space, as a model of one has no use for another's latents."""
+    """Hash of a model's weights; not told which parts, of those that make a VAE's latents."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         if name.startswith(parts):
@@ -463,7 +463,7 @@ class Config(GeneratorConfig, Training):
     init: str = flag("", "LTX-Video's transformer to start from, folder or file; with --steps 0 to take as it is")
     steps: int = flag(3500)
     lr: float = flag(3e-3)
-    ema: float = flag(.98, "rate of the weights' moving average, which is what later stages use")
+    ema: float = flag(.98, "Ours: rate of the weights' moving average, which is what later stages use")
     score_clips: int = flag(48, "unseen captions whose samples are scored at the end; 0 for none")
     save_every: int = flag(500, "steps between checkpoints, and between contact sheets out/dit.png")
     log_every: int = flag(100)
@@ -547,7 +547,7 @@ def evaluations(about):
 def test_captions(cfg, split, count):
     """Captions of a split and the attributes (n, 4) that they say; of a folder, its own captions and None.
 
-    full: of the 96 combinations that no clip was trained on; open: two attributes, of combinations that were.
+    full: of the 96 combinations that no clip was trained on; open: of other ones, with two attributes left out.
     """
     clips = open_clips(cfg, split)
     if cfg.data != "synthetic":

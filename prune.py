@@ -353,7 +353,7 @@ class Config(LaterStage, Training):
     lr: float = flag(2e-3)
     alpha: float = flag(.01, "weight of KD (Sec. 4.2.2); 0: without")
     output_kd: bool = flag(True, "Ours: KD also makes the teacher's velocity flow matching's target, not noise - x0")
-    ema: float = flag(.98, "rate of the weights' moving average, which is what later stages use")
+    ema: float = flag(.98, "Ours: rate of the weights' moving average, which is what later stages use")
     score_clips: int = flag(48, "unseen captions whose samples are scored; 0 for none")
     save_every: int = flag(250)
     sensitivity: bool = flag(False, "Fig. 3 instead: prune each level alone")

@@ -850,8 +850,8 @@ def open_clips(cfg, split="train"):
 
 
 # ------------------------------------------------------------------------------------------------ the VAE (Sec. 4.1)
-# LTX-Video's VAE, version 0.9.0 [9]: 3D convolutions causal in the encoder, so that frame 1 + 8k looks at no later
-# one and an image is a clip of one frame. light=False is LTX's, to the last weight; light=True is the toy's.
+# LTX-Video's VAE, version 0.9.0 [9]: 3D convolutions, causal in the encoder: latent frame k sees the first 1 + 8k
+# frames only, and an image is a clip of one frame. light=False is LTX's, to the last weight; light=True is the toy's.
 RATIOS = {"4x16x16": (4, 16), "4x32x32": (4, 32), "8x32x32": (8, 32), "8x64x64": (8, 64)}  # Table 3: (time, space)
 
 
@@ -859,7 +859,7 @@ RATIOS = {"4x16x16": (4, 16), "4x32x32": (4, 32), "8x32x32": (8, 32), "8x64x64":
 class VAEConfig(DataConfig):
     ratio: str = flag("8x32x32", f"compression in time and space, of Table 3: {', '.join(RATIOS)}")
     latent_channels: int = flag(128, "channels of the latents, the same for every ratio")
-    patch: int = flag(8, "pixels of a patch, whose channels the encoder starts from; 0: every stage halves t, h and w")
+    patch: int = flag(8, "side of a patch in pixels, where the encoder starts; 0: every stage halves t, h and w")
     widths: tuple = flag((64, 64, 128, 256), "channels from the first stage to the latents'")
     encoder_blocks: tuple = flag((1, 1, 1, 1), "residual blocks per stage of the encoder")
     decoder_blocks: tuple = flag((1, 1, 1, 2), "residual blocks per stage of the decoder")
