@@ -38,10 +38,10 @@ class Config(LaterStage, Training):
     target_steps: int = flag(8, "guided steps in which the teacher makes a target")
     guidance_scale: float = flag(1.5, "guidance of the teacher's steps; the student has none")
     warm_steps: int = flag(400, "Ours: steps towards the targets alone, before the adversary joins")
-    steps: int = flag(200)
+    steps: int = 200
     lr: float = flag(1e-4, "the generator's learning rate, AdamW")
     head_lr: float = flag(2e-3, "the discriminator's heads'")
-    muon_lr: float = flag(0.)
+    muon_lr: float = 0.
     ema: float = flag(.95, "rate of the generator's moving average")
     num_steps: int = flag(4, "denoising steps that the generator is distilled to: k, the size of T")
     shift: float = flag(3., "Ours: above 1, T, which the paper does not give, is nearer to noise; 1: 1, .75, .5, .25",
@@ -138,11 +138,10 @@ class Discriminator(nn.Module):
 
     def forward(self, latents, t, text_emb, text_mask):
         """latents (B, C, f, h, w) of noise level t (B,), captions -> scores (B, heads * N): -1 is real, +1 is fake."""
-        *tokens, _, conditions = self.generator.embed(latents, t, text_emb, text_mask)
-        for block in self.generator.blocks[:self.trunk]:
-            tokens.append(block(tokens[-1], *conditions))
-        pairs = zip(self.heads, tokens[-len(self.heads):])
-        return torch.cat([head(x, latents.shape[2:], conditions) for head, x in pairs], 1)
+        x, _, conditions = self.generator.embed(latents, t, text_emb, text_mask)
+        after = [x := block(x, *conditions) for block in self.generator.blocks[:self.trunk]]
+        scores = [head(x, latents.shape[2:], conditions) for head, x in zip(self.heads, after[-len(self.heads):])]
+        return torch.cat(scores, 1)
 
 
 # ------------------------------------------------------------------------------------------------ the losses
@@ -231,8 +230,8 @@ def teach(cfg, teacher, cache, device, i):
     """Lesson i: x_t at each t of T (k, B, C, f, h, w), the clean clips they lead to, and real ones with captions.
 
     Ours: x_t is where guided steps of the teacher lead from noise, not a noised clip: so the student will meet it when
-    it samples [DMD2, arXiv 2405.14867]. The random numbers are the lesson's own, so that a resumed run,
-    which makes it later, makes the same.
+    it samples [54]. The random numbers are the lesson's own, so that a resumed run, which makes it later, makes the
+    same.
     """
     times = euler_times(cfg.num_steps, cfg.shift)
     rest = [times[-2] * s for s in euler_times(cfg.target_steps, cfg.shift)]
@@ -330,12 +329,12 @@ def evaluate(table, name, models, vae, about, count, *how):
 
 
 def ablation(cfg, path, generator, draw, vae, about):
-    """Table 5's heads, and each part of the method alone, in equal steps; into out/ablation.txt. Returns the last row.
+    """Table 5's heads, and each part of the method, in equal steps; into out/ablation.txt. Returns the last row.
 
     The warm start and its lessons are those of one seed; the spread is of what follows.
     """
     few, table = lambda n: (euler_times(n, cfg.shift), 1., cfg.stochastic), [HEADER]
-    parts = {"Eq. 7-9, x0 for target, no warm start": dict(targets=0),
+    parts = {"Eq. 7-9, x0 for target, no warm start": dict(targets=0, steps=cfg.warm_steps + cfg.steps),
              "warm start, reconstruction only": dict(adversarial_weight=0.),
              "warm start, adversarial only": dict(reconstruction_weight=0.),
              "warm start, lightweight ResBlock 3D [45]": dict(head="resblock3d"),
@@ -348,9 +347,8 @@ def ablation(cfg, path, generator, draw, vae, about):
     warm = warm_start(cfg, generator, draw)
     evaluate(table, "warm start", [warm], vae, about, cfg.score_clips, *few(cfg.num_steps))
     for name, changes in parts.items():
-        models = [train(replace(cfg, seed=seed, resume=False, **changes), path, generator,
-                        generator if "targets" in changes else warm, draw, about)[0]
-                  for seed in range(cfg.seed, cfg.seed + cfg.seeds)]
+        seeds, begin = range(cfg.seed, cfg.seed + cfg.seeds), generator if "targets" in changes else warm
+        models = [train(replace(cfg, seed=seed, **changes), path, generator, begin, draw, about)[0] for seed in seeds]
         figures = evaluate(table, name, models, vae, about, cfg.score_clips, *few(cfg.num_steps))
     for n in 1, 2, 8:
         evaluate(table, f"the same, {n} steps", models, vae, about, cfg.score_clips, *few(n))
@@ -382,8 +380,7 @@ def describe(cfg, n):
     losses, (x, t, *text) = Adversaries(cfg, model, discriminator), step_inputs(about, shape, n)
     batch = x, t, t, x, x, x, *text
     phases = [(cfg.steps, loss, batch) for loss in (losses.discriminator_loss, losses.generator_loss)]
-    return ([model, discriminator.heads], [generator, ema], phases,
-            lambda: model(*step_inputs(about, shape, 1)))
+    return [model, discriminator.heads], [generator, ema], phases, lambda: model(*step_inputs(about, shape, 1))
 
 
 def main(cfg):
@@ -409,8 +406,7 @@ def main(cfg):
     lesson = lru_cache(None)(partial(teach, cfg, teacher, cache, device))
     draw = lambda cfg, step: training_batch(cfg, lesson, cache, device, step)
     if cfg.ablation:
-        figures = ablation(cfg, out / "ablation.pt", generator, draw, vae, about)
-        return summary("DISTILL", figures, began)
+        return summary("DISTILL", ablation(cfg, out / "ablation.pt", generator, draw, vae, about), began)
     warm = warm_start(cfg, generator, draw) if cfg.warm_steps and not again else generator
     ema, student = train(cfg, path, generator, warm, draw, about)
     fast = cfg.bf16 and device.type != "cpu"  # there it costs more than it saves to convert the weights at every call

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 import vae as vae_stage
-from vae import (PAPER, RANK, TOY, VAE, WORLD, Abort, DataConfig, Stage, Training, VAEConfig, barrier, caption, draw,
+from vae import (PAPER, RANK, TOY, VAE, WORLD, Abort, DataConfig, Stage, Training, VAEConfig, barrier, draw,
                  draw_noise, dry_run, flag, launch, load, make_optimizers, once, open_clips, prepare, print0, progress,
                  read_ltx, reconstruct_clips, resume, save, score, script_of, setup, share, summary, update, words,
                  write_png)
@@ -210,10 +210,10 @@ def load_ltx(path, cfg, compression=(8, 32)):
         tensors, folder = read_ltx(path, LTX_NAMES), Path(path) if Path(path).is_dir() else Path(path).parent
         said = json.loads(note.read_text()) if (note := folder / "config.json").exists() else {}
         cfg = replace(cfg, head_dim=said.get("attention_head_dim", cfg.head_dim))
-        rows, columns = ({name: x.shape[side] for name, x in tensors.items() if x.ndim > side} for side in (0, 1))
-        cfg = replace(cfg, depth=sum(name.endswith("ffn.up.weight") for name in tensors), width=rows["proj_in.bias"],
-                      num_heads=rows["blocks.0.self_attn.to_q.bias"] // cfg.head_dim, in_channels=rows["proj_out.bias"],
-                      ffn_dim=rows["blocks.0.ffn.up.bias"], text_dim=columns["text_mlp.0.weight"], final_norm="layer",
+        size = lambda name: tensors[name].shape[-1]  # of a bias, or of what a linear takes
+        cfg = replace(cfg, depth=sum(name.endswith("ffn.up.weight") for name in tensors), width=size("proj_in.bias"),
+                      num_heads=size("blocks.0.self_attn.to_q.bias") // cfg.head_dim, in_channels=size("proj_out.bias"),
+                      ffn_dim=size("blocks.0.ffn.up.bias"), text_dim=size("text_mlp.0.weight"), final_norm="layer",
                       absolute=False, clean=False)
         model = DiT(cfg, cfg.fps, compression)
         model.load_state_dict(tensors | {k: v for k, v in model.state_dict().items() if k.endswith("head_ids")})
@@ -229,6 +229,7 @@ class WordEncoder(nn.Module):
 
     Ours: stands in for T5 at toy scale. Any word has a vector; only those seen in training mean anything.
     """
+    null = None
 
     def __init__(self, dim, length):
         super().__init__()
@@ -237,10 +238,9 @@ class WordEncoder(nn.Module):
 
     def forward(self, captions):
         emb, mask = torch.zeros(len(captions), self.length, self.dim), torch.zeros(len(captions), self.length)
-        for i, spoken in enumerate(caption.lower().split()[:self.length] for caption in captions):
-            for j, word in enumerate(spoken):
-                emb[i, j] = self.vector(word) + self.position[j]
-            mask[i, :len(spoken)] = 1
+        for i, caption in enumerate(captions):
+            for j, word in enumerate(caption.lower().split()[:self.length]):
+                emb[i, j], mask[i, j] = self.vector(word) + self.position[j], 1
         return emb, mask
 
     def vector(self, word):
@@ -361,14 +361,14 @@ def fingerprint(model, parts=("encoder", "mean", "std")):
     return digest.hexdigest()[:16]
 
 
-def load_vae(folder, device="cpu", name=None):
-    """The VAE of folder/vae.pt; where a name is given, it must have that fingerprint."""
-    if name and not Path(folder, "vae.pt").is_file():
+def load_vae(folder, device="cpu", expected=None):
+    """The VAE of folder/vae.pt; where one is expected, it must have that fingerprint."""
+    if expected and not Path(folder, "vae.pt").is_file():
         raise Abort(f"{folder}/vae.pt is missing: copy there the one that the generator was trained with")
     checkpoint = load(Path(folder) / "vae.pt", "vae")
     vae = VAE(VAEConfig(**{f.name: checkpoint["config"][f.name] for f in fields(VAEConfig)}))
     vae.load_state_dict(checkpoint["model"])
-    if name not in (None, fingerprint(vae)):
+    if expected not in (None, fingerprint(vae)):
         raise Abort(f"{folder}/vae.pt is not the VAE that the generator was trained with: run python dit.py again")
     return vae.eval().requires_grad_(False).to(device)
 
@@ -385,9 +385,8 @@ def encode_clips(cfg, vae, device):
     names = map(clips.caption, range(1000)) if cfg.data == "synthetic" else [
         f"{f.name} {f.stat().st_size} {f.with_suffix('.txt').stat().st_size}" for f in clips.files]
     files = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
-    about = dict(vae=fingerprint(vae), data=cfg.data, files=files, clips=sizes,
-                 frames=cfg.frames, size=list(cfg.size), fps=cfg.fps,
-                 text=[cfg.text_encoder, cfg.text_dim, cfg.text_length])
+    about = dict(vae=fingerprint(vae), data=cfg.data, files=files, clips=sizes, frames=cfg.frames, size=list(cfg.size),
+                 fps=cfg.fps, text=[cfg.text_encoder, cfg.text_dim, cfg.text_length])
     there = json.loads(note.read_text()) if note.exists() else None
     if there and there["data"] != "synthetic" and there != about:  # days of work, perhaps
         changed = " and ".join(key for key in about if there.get(key) != about[key])
@@ -413,13 +412,15 @@ def encode_clips(cfg, vae, device):
                               for name in ("latents", "text_emb", "text_mask", "done"))
         todo = np.flatnonzero(np.asarray(done) == 0)
         barrier()  # all have read it
-        rows = todo[RANK::WORLD].tolist()
+        rows = np.array_split(todo, WORLD)[RANK].tolist()  # neighbours, as a page of the disk holds several rows
         loader = torch.utils.data.DataLoader([clips.kinds[kind][i] for i in rows], None, num_workers=cfg.workers,
                                              collate_fn=clips.clip, generator=torch.Generator())
         for i, (video, said), _ in zip(rows, loader, progress(0, len(rows))):
             for array, value in zip(cache[kind], (vae.encode(video[None].to(device)), *encode_text([said]))):
                 array[i] = value[0].cpu().numpy()
             done[i] = 1
+        for array in (*cache[kind], done):
+            array.flush()
         print0(f"{folder}: {n} {kind}, {n - len(todo)} of them encoded before")
     barrier()
     encode_text.cpu()  # training needs the memory: T5-XXL has 19 GB
@@ -461,12 +462,12 @@ class GeneratorConfig(DiTConfig, DataConfig):
 @dataclass
 class Config(GeneratorConfig, Training):
     init: str = flag("", "LTX-Video's transformer to start from, folder or file; with --steps 0 to take as it is")
-    steps: int = flag(3500)
-    lr: float = flag(3e-3)
+    steps: int = 3500
+    lr: float = 3e-3
     ema: float = flag(.98, "Ours: rate of the weights' moving average, which is what later stages use")
     score_clips: int = flag(48, "unseen captions whose samples are scored at the end; 0 for none")
     save_every: int = flag(500, "steps between checkpoints, and between contact sheets out/dit.png")
-    log_every: int = flag(100)
+    log_every: int = 100
 
 
 # Ours: torch.compile takes half a minute, then a step of dit.py is 1.3 times, of prune.py 1.4 times as fast, on a CPU
@@ -476,7 +477,7 @@ COMPILED = TOY | dict(compile=sys.platform == "linux" and not torch.cuda.is_avai
 # Sec. 5: the server model, 2.0B. Ours: batch, guidance, shift, the text encoder, and this stage's part of 200K steps
 PRESETS = {"toy": COMPILED, "paper": PAPER | dict(
     frames=121, size=(576, 1024), fps=24., depth=28, width=2048, num_heads=32, head_dim=64, ffn_dim=8192, text_dim=1024,
-    text_encoder="google/t5-v1_1-large", text_length=128, absolute=False, clean=False, num_clips=10 ** 9,
+    text_encoder="google/t5-v1_1-large", text_length=128, absolute=False, clean=False, num_clips=10 ** 9, workers=4,
     steps=148_000, batch_size=1024, lr=5e-5, timestep_mean=0., timestep_std=1., ema=.9999, shift=8.,
     guidance_scale=3., stochastic=False)}
 MOBILE = dict(depth=20, num_heads=20, ffn_dim=6144, num_steps=4, guidance_scale=1., shift=1.)  # pruned and distilled
@@ -487,7 +488,7 @@ def save_dit(path, step, cfg, about, model, ema, optimizers, **others):
 
     others: modules that train beside the generator, by name, so that resume finds them.
     """
-    save(path, stage=Path(path).stem, step=step, config=asdict(cfg), model=model.state_dict(), ema=ema.state_dict(),
+    save(path, stage=path.stem, step=step, config=asdict(cfg), model=model.state_dict(), ema=ema.state_dict(),
          generator={k: v for k, v in vars(about).items() if k != "out"},
          optimizer=[optimizer.state_dict() for optimizer in optimizers],
          **{name: module.state_dict() for name, module in others.items()})
@@ -552,8 +553,7 @@ def test_captions(cfg, split, count):
     clips = open_clips(cfg, split)
     if cfg.data != "synthetic":
         return [clips.read_caption(clips.files[i % len(clips.files)]) for i in range(count)], None
-    said = torch.stack([clips.attributes(i)[1] for i in range(count)])
-    return [caption(a) for a in said.tolist()], said
+    return [clips.caption(i) for i in range(count)], torch.stack([clips.attributes(i)[1] for i in range(count)])
 
 
 @torch.no_grad()
@@ -593,10 +593,10 @@ def average(ema, model, rate, step):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(rate, (1 + step) / (10 + step)))
 
 
-def step_inputs(about, latent_shape, count, device=None):
-    """What the DiT takes, for `count` clips whose latents have that shape (f, h, w)."""
-    x = torch.randn(count, about.in_channels, *latent_shape, device=device)
-    return x, x[:, 0, 0, 0, 0], *(x.new_ones(count, about.text_length, *more) for more in ((about.text_dim,), ()))
+def step_inputs(about, latent_shape, n, device=None):
+    """What the DiT takes, for n clips whose latents have that shape (f, h, w)."""
+    x = torch.randn(n, about.in_channels, *latent_shape, device=device)
+    return x, x[:, 0, 0, 0, 0], x.new_ones(n, about.text_length, about.text_dim), x.new_ones(n, about.text_length)
 
 
 def describe(cfg, n):

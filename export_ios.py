@@ -56,11 +56,13 @@ class Denoiser(torch.nn.Module):
     output, says = "next_latents", "the latents at t_next"
     inputs = dict(latents="normalised latents (1, C, f, h, w); to start with, noise of N(0, 1)",
                   t="their time, from the list `times`: 1 is noise, 0 is video", t_next="the next time of the list",
-                  text_emb="text embeddings (1, L, E), then zeros",
+                  text_emb="text embeddings (1, L, E), then zeros; of no caption zeros alone",
                   text_mask="(1, L): 1 where there is text, then zeros")
 
-    def __init__(self, model, shape, about):
+    def __init__(self, model, shape, about, null=None):
+        """null: the text encoder's, if it has one, which the package takes from the embeddings."""
         super().__init__()
+        self.register_buffer("null", null)
         self.model, sizes = model, (shape, (), (), (about.text_length, about.text_dim), (about.text_length,))
         if about.stochastic:
             self.inputs, sizes = self.inputs | dict(noise="like latents, N(0, 1), new for each step"), (*sizes, shape)
@@ -73,6 +75,7 @@ class Denoiser(torch.nn.Module):
         # paper size, unless the tables seem to depend on an input.
         pruned = self.model.cfg.num_heads * self.model.cfg.head_dim < self.model.cfg.width
         tables = [table + 0 * t for table in self.tables] if pruned else self.tables
+        text_emb = text_emb if self.null is None else text_emb - self.null * text_mask[..., None]
         with patch.object(dit, "rope_tables", lambda *_: tables):
             return advance(latents, self.model(latents, t, text_emb, text_mask), t, t_next, noise)
 
@@ -138,9 +141,8 @@ def convert(path, module, bits, metadata):
 # The operations that our packages use, with Core ML's names of arguments. Tensors are fp32, all else plain numbers.
 OPS = {
     "add": lambda x, y: x + y, "sub": lambda x, y: x - y, "mul": lambda x, y: x * y, "real_div": lambda x, y: x / y,
-    "cast": lambda x, dtype: x,
     "sin": lambda x: x.sin(), "cos": lambda x: x.cos(), "rsqrt": lambda x, epsilon: (x + epsilon).rsqrt(),
-    "silu": lambda x: F.silu(x), "clip": lambda x, alpha, beta: x.clamp(alpha, beta),
+    "silu": lambda x: F.silu(x), "clip": lambda x, alpha, beta: x.clamp(alpha, beta), "cast": lambda x, dtype: x,
     "gelu": lambda x, mode: F.gelu(x, approximate={"EXACT": "none", "TANH_APPROXIMATION": "tanh"}[mode]),
     "reduce_mean": lambda x, axes, keep_dims: x.mean(axes, keep_dims),
     "layer_norm": lambda x, axes, epsilon, gamma=None, beta=None: F.layer_norm(
@@ -148,7 +150,7 @@ OPS = {
     "linear": lambda x, weight, bias: F.linear(x, weight, bias),
     "conv": lambda x, weight, bias, strides, pad_type, pad, dilations, groups: F.conv3d(
         x, weight, bias, strides, pad[::2] if pad_type == "custom" else 0, dilations, groups),
-    "scaled_dot_product_attention": lambda **named: F.scaled_dot_product_attention(**named),
+    "scaled_dot_product_attention": F.scaled_dot_product_attention,
     "reshape": lambda x, shape: x.reshape(shape), "transpose": lambda x, perm: x.permute(perm),
     "expand_dims": lambda x, axes: x.unsqueeze(*axes), "squeeze": lambda x, axes: x.squeeze(axes),
     "tile": lambda x, reps: x.repeat(reps), "split": lambda x, split_sizes, axis: x.split(split_sizes, axis),
@@ -242,6 +244,7 @@ def check(modules, programs, about, bits, whole):
         return {}
     clips, times, at, errors = open_clips(about, "full"), recipe(about)[0], lambda t: torch.tensor([t]), {}
     text = text_encoder(about)([clips.caption(0)])
+    raw = lambda emb, mask: (emb if (null := modules["denoiser"].null) is None else emb + null * mask[..., None], mask)
     x0 = rgb.vae.encode(clips.clip(0)[0][None].expand(-1, -1, about.frames, -1, -1))  # an image stands still
     x = noise = torch.randn_like(x0)
     fresh = [torch.randn_like(x0)] * about.stochastic  # the same at every step
@@ -259,12 +262,12 @@ def check(modules, programs, about, bits, whole):
         noised = add_noise(x0, noise, at(t))
         for name, (emb, mask) in {"a caption": text, "no caption": [0 * part for part in text]}.items():
             compare("step_error", f"next_latents, t {t:.3f} -> {t_next:.3f}, {name}",
-                    denoiser(noised, at(t), at(t_next), emb, mask, *fresh),
+                    denoiser(noised, at(t), at(t_next), *raw(emb, mask), *fresh),
                     sample(model, noised, emb, mask, [t, t_next], renew=renew))
             if not whole:
                 print0("SKIPPED: other steps and the decoder, which take many minutes away from a Mac")
                 return errors
-        x = denoiser(x, at(t), at(t_next), *text, *fresh)
+        x = denoiser(x, at(t), at(t_next), *raw(*text), *fresh)
     true = sample(model, noise, *text, times, renew=renew)
     compare("frames_error", "frames", decoder(x0), rgb(x0))
     compare("run_error", f"next_latents after {len(times) - 1} steps", x, true)
@@ -316,21 +319,22 @@ def main(cfg):
         model, vae, about = untrained("meta" if cfg.dry_run else "cpu", **MOBILE)
     else:
         model, about = load_dit(path, data=cfg.data)
-        vae = load_vae(path.parent, name=about.vae)
+        vae = load_vae(path.parent, expected=about.vae)
     about.frames, about.size = cfg.frames or about.frames, cfg.size or about.size
     shape, times = vae.latent_shape(about.frames, *about.size), recipe(about)[0]
     print0(f"export_ios: {path}, {cfg.bits} bits, video {about.frames, *about.size}, latents {shape}, {len(times) - 1} "
            f"steps, guidance {about.guidance_scale:g}{' (for the app to do)' * (about.guidance_scale != 1)}")
-    packaged = lambda model, vae: dict(denoiser=Denoiser(model, shape, about), decoder=Decoder(vae, shape))
+    packaged = lambda model, vae, null=None: dict(denoiser=Denoiser(model, shape, about, null),
+                                                  decoder=Decoder(vae, shape))
     with torch.device("meta"):
         counted = report(packaged(build(about), VAE(vae.cfg)), cfg.bits)
     if cfg.dry_run:
         return summary("EXPORT_IOS", counted)
-    figures, programs, modules = {}, [], packaged(model, vae)
+    open_clips(about, "full").clip(0)  # which check needs: better missing now
+    figures, programs, modules = {}, [], packaged(model, vae, text_encoder(about).null)
     metadata = {key: getattr(about, key) for key in ("guidance_scale", "text_length", "text_dim", "frames", "fps")}
     metadata |= dict(times=times, size=list(about.size), bits=cfg.bits, checkpoint=path,
                      text_encoder=about.text_encoder or "dit.WordEncoder")
-    open_clips(about, "full").clip(0), text_encoder(about)  # which check needs: better missing now
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as folder:  # on the packages' disk, so that to move is to rename
         for name, module in modules.items():

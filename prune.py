@@ -26,8 +26,8 @@ import dit
 from dit import (COMPILED, LaterStage, add_noise, average, build, contact_sheet, encode_clips, fingerprint,
                  flow_matching_loss, load_dit, load_vae, rms_norm, save_dit, score_samples, step_inputs, test_captions,
                  training_batch)
-from vae import (PAPER, Abort, Meter, Training, barrier, dry_run, flag, launch, load, make_optimizers, median_ms, once,
-                 prepare, print0, progress, resume, seeded, setup, share, summary, update)
+from vae import (PAPER, VAE, Abort, Meter, Training, VAEConfig, barrier, dry_run, flag, launch, load, make_optimizers,
+                 median_ms, once, prepare, print0, progress, resume, seeded, setup, share, summary, update)
 
 # ------------------------------------------------------------------------------------------------ candidates
 SIZES = "depth", "num_heads", "ffn_dim"             # of a DiT, one for each level of granularity
@@ -62,7 +62,7 @@ def fit_budget(about, groups, budget):
     settings = (tuple(max(1, round(m * (1 - scale * cut))) for m, cut in zip(groups, PAPER_CUT))
                 for scale in np.arange(0, 4.001, .001))
     limit = budget * count_parameters(about) if budget <= 1 else budget
-    for kept, _ in itertools.groupby(settings):
+    for kept in dict.fromkeys(settings):  # each once
         count = count_parameters(shrink(about, groups, kept))
         if count <= limit:
             return kept
@@ -110,9 +110,9 @@ def masking(model, masks, linears=LINEARS):
         m = masks["blocks"][:, i, None, None]                                                    # (B, 1, 1)
         changes.append((block, lambda x, y, m=m: y * m + x * (1 - m)))  # Eq. (3)
         for level, name in ((level, name) for level, names in linears.items() for name in names):
-            linear, m = getattr(part := getattr(block, level), name), masks[level][:, i, None]
+            linear, m = block.get_submodule(f"{level}.{name}"), masks[level][:, i, None]
             if name in ("to_q", "to_k"):  # Ours: the norm counts kept heads alone, else zeros sharpen attention
-                norm, s = getattr(part, name.replace("to", "norm")), m.mean(-1, keepdim=True).sqrt()
+                norm, s = block.get_submodule(f"{level}.{name.replace('to', 'norm')}"), m.mean(-1, keepdim=True).sqrt()
                 changes.append((norm, lambda x, _, norm=norm, s=s: rms_norm(x / s, norm.eps) * s * norm.weight))
             m = m.repeat_interleave(linear.out_features // m.shape[-1], -1)                      # (B, 1, D)
             changes.append((linear, lambda x, y, m=m: y * m))  # Eq. (4), heads before attention, channels before GELU
@@ -184,7 +184,7 @@ def search(cfg, teacher, candidates, draw, device, path=None, about=None):
     optimizers = [torch.optim.AdamW(module.logits.values(), cfg.search_lr, weight_decay=0),
                   torch.optim.AdamW([*module.down, *module.up], cfg.lr, weight_decay=0)]
     own = dict(model=module.logits, ema=average_logits, down=module.down, up=module.up)
-    for step in progress(resume(path, cfg, own, optimizers) if path else 0, cfg.steps):
+    for step in progress(resume(path, cfg, own, optimizers), cfg.steps):
         temperature = np.interp(step, (0, cfg.steps - 1), TEMPERATURES).item()
         batch = *draw((cfg.seed, step, 0, 1)), *gumbel(module.logits, cfg.batch_size, device)
         loss, = update(partial(module, temperature), batch, optimizers, step, cfg)
@@ -219,12 +219,11 @@ class Student(nn.Module):
         All are for the same x_t, t and text; without KD the second part is 0.
         """
         count, y_s, y_t, velocity = len(self.affine), [], [], None
-        ends = lambda model, y: [(model.blocks[(i + 1) * len(model.blocks) // count - 1], lambda _, out: y.append(out))
-                                 for i in range(count)]
+        ends = lambda model: [model.blocks[(i + 1) * len(model.blocks) // count - 1] for i in range(count)]
         if count:
-            with hooked(ends(teacher, y_t)), torch.no_grad():
+            with hooked((block, lambda _, out: y_t.append(out)) for block in ends(teacher)), torch.no_grad():
                 velocity = teacher(add_noise(x0, noise, t), t, *text)
-        with hooked(ends(self.model, y_s)):
+        with hooked((block, lambda _, out: y_s.append(out)) for block in ends(self.model)):
             loss = flow_matching_loss(self.model, x0, noise, t, *text, velocity if self.output_kd else None)
         # Ours: sim is the negative cosine, as in REPA [56]; the paper leaves it open.
         sims = [-F.cosine_similarity(a, f(b), dim=-1).mean() for a, b, f in zip(y_t, y_s, self.affine)]
@@ -238,9 +237,10 @@ def finetune(cfg, model, teacher, draw, device, path=None, about=None):
     ema, optimizers = copy.deepcopy(model).requires_grad_(False), make_optimizers(model, cfg.lr, cfg.muon_lr)
     if cfg.alpha:
         optimizers.append(torch.optim.AdamW(student.affine.parameters(), cfg.lr, weight_decay=0))
-    start = resume(path, cfg, {"model": student, "ema": ema}, optimizers) if path else 0
+    start = resume(path, cfg, {"model": student, "ema": ema}, optimizers)
     if path and not start:
         save_dit(path, 0, cfg, about, student, ema, optimizers)  # --resume need not search again
+        barrier()  # all have read it
         once(path.with_name("search.pt").unlink)(missing_ok=True)
     prepare([*model.blocks, *teacher.blocks], cfg)
     for step in progress(start, cfg.steps):
@@ -303,11 +303,11 @@ def sensitivity(cfg, teacher, vae, about, draw, device):
 def ablation(cfg, teacher, vae, about, kept, draw, device, trained):
     """Table 4 at equal total steps, and the same cut with random units and with those of most weight."""
     candidates, size = Candidates(about, cfg.groups, kept), count_parameters(shrink(about, cfg.groups, kept))
-    weight = {level: torch.stack([sum(getattr(getattr(block, level), name).weight.square().sum(1) for name in names)
+    weight = {level: torch.stack([sum(block.get_submodule(f"{level}.{name}").weight.square().sum(1) for name in names)
                                   for block in teacher.blocks]) for level, names in LINEARS.items()}   # (depth, D)
     weight["blocks"] = sum(w.sum(1) for w in weight.values())                                          # (depth,)
-    weight = {level: weight[level].unflatten(-1, (candidates.shapes[level][-2], masks.shape[1], -1)).sum(-1) @ masks.T
-              .to(weight[level]) for level, masks in candidates.masks.items()}                         # as the logits
+    weight = {level: weight[level].unflatten(-1, (candidates.shapes[level][-2], masks.shape[1], -1)).sum(-1)
+              @ masks.T.to(weight[level]) for level, masks in candidates.masks.items()}                # as the logits
     closest = lambda changes: min((SimpleNamespace(**vars(about) | c) for c in changes),
                                   key=lambda small: abs(count_parameters(small) - size))
     scratch = {"shallow": closest(dict(depth=n) for n in range(1, about.depth)), "narrow": closest(
@@ -318,7 +318,7 @@ def ablation(cfg, teacher, vae, about, kept, draw, device, trained):
     methods, rows, figures = cuts | dict.fromkeys(scratch, dict(alpha=0.)), [], {}
     for seed, method in itertools.product(range(cfg.seed, cfg.seed + cfg.seeds), methods):
         torch.manual_seed(seed)
-        began, own = time.process_time(), replace(cfg, seed=seed, **methods[method])
+        own = replace(cfg, seed=seed, **methods[method])
         if method in scratch:
             own = replace(own, steps=trained["steps"] + cfg.search_steps + cfg.steps,  # what the teacher got, too
                           lr=trained["lr"], muon_lr=trained["muon_lr"])
@@ -329,6 +329,7 @@ def ablation(cfg, teacher, vae, about, kept, draw, device, trained):
             masks = {"random": candidates.read_out({k: torch.rand_like(w) for k, w in weight.items()}),
                      "magnitude": candidates.read_out(weight)}.get(method, learned)
             model, small = cut(teacher, about, masks)
+        began = time.process_time()
         ema = finetune(own, model, teacher, draw, device)
         row = dict(steps=own.steps, cpu_minutes=(time.process_time() - began) / 60)
         row |= measure(cfg, ema, vae, small, draw)
@@ -350,12 +351,12 @@ class Config(LaterStage, Training):
     search_steps: int = flag(60, "steps of the search for the units to keep")
     search_lr: float = flag(.3, "learning rate of the candidates' logits")
     steps: int = flag(3000, "fine-tuning steps")
-    lr: float = flag(2e-3)
+    lr: float = 2e-3
     alpha: float = flag(.01, "weight of KD (Sec. 4.2.2); 0: without")
     output_kd: bool = flag(True, "Ours: KD also makes the teacher's velocity flow matching's target, not noise - x0")
     ema: float = flag(.98, "Ours: rate of the weights' moving average, which is what later stages use")
     score_clips: int = flag(48, "unseen captions whose samples are scored; 0 for none")
-    save_every: int = flag(250)
+    save_every: int = 250
     sensitivity: bool = flag(False, "Fig. 3 instead: prune each level alone")
     ablation: bool = flag(False, "Table 4 instead: other ways to a DiT of this size")
     seeds: int = flag(1, "runs of each way in --ablation", least=1)
@@ -368,8 +369,7 @@ PRESETS = {"toy": COMPILED, "paper": PAPER | dict(  # Sec. 4.2.1. Ours: groups, 
 
 def describe(cfg, about, kept, n):
     """What vae.dry_run counts, for n clips at a time: the search, and fine-tuning, which needs more memory."""
-    teacher, (every, space) = build(about).requires_grad_(False), about.compression
-    shape = 1 + about.frames // every, *(side // space for side in about.size)
+    teacher, shape = build(about).requires_grad_(False), VAE(VAEConfig()).latent_shape(about.frames, *about.size)[1:]
     module = Search(teacher, Candidates(about, cfg.groups, kept))
     model, ema = (build(shrink(about, cfg.groups, kept)) for _ in "12")
     student = Student(cfg, model, teacher)
@@ -408,8 +408,7 @@ def main(cfg):
         raise Abort(f"--init {init} is what this run would overwrite: rename it first")
     path.parent.mkdir(parents=True, exist_ok=True)  # before hours of work that end in a file there
     vae = load_vae(about.out, device, about.vae)
-    cache = encode_clips(about, vae, device)
-    draw = partial(training_batch, cfg, about, cache, device)
+    draw = partial(training_batch, cfg, about, encode_clips(about, vae, device), device)
     if cfg.sensitivity:
         return summary("PRUNE", sensitivity(cfg, teacher, vae, about, draw, device), began)
     if cfg.ablation:
@@ -428,8 +427,8 @@ def main(cfg):
             print0(f"  block {i:2}  {'  '.join(rows) or 'cut'}")
         model, small = cut(teacher, about, masks)
     ema = finetune(replace(cfg, resume=found == path), model, teacher, draw, device, path, small)
-    figures = {k + name: v for name, model, what in (("", ema, small), ("_teacher", teacher, about))
-               for k, v in measure(cfg, model, vae, what, draw).items()}
+    figures = measure(cfg, ema, vae, small, draw)
+    figures |= {f"{k}_teacher": v for k, v in measure(cfg, teacher, vae, about, draw).items()}
     for shape in vae.latent_shape(about.frames, *about.size)[1:], PHONE:
         (whole, part), tokens = step_costs(cfg, [teacher, ema], about, shape), math.prod(shape)
         figures |= {f"speedup_{tokens}_tokens": whole["step_ms"] / part["step_ms"],

@@ -195,8 +195,7 @@ def write_samples(cfg, model, vae, about):
         path = Path(cfg.out, f"{i:04d}.{cfg.format}" if cfg.prompts else f"sample.{cfg.format}")
         write_video(path, rearrange(videos, "(r k) c f h w -> c f (r h) (k w)", k=min(4, len(videos))), about.fps)
     print0(*prompts, sep="\n")
-    figures = dict(videos=len(prompts), seconds_per_video=(time.time() - began) / len(prompts))
-    return figures, f"look at {path}"
+    return dict(videos=len(prompts), seconds_per_video=(time.time() - began) / len(prompts)), f"look at {path}"
 
 
 def open_generators(cfg, path, device):

@@ -48,15 +48,15 @@ class Abort(Exception):
         super().__init__(message.strip().rpartition("Abort: ")[2].splitlines()[0])  # no loading process' traceback
 
 
-def flag(default, help=None, least=None):
-    """A field of a Config, and so a flag; its help and least value (else 0), where not given, are the base class's."""
+def flag(default, help, least=None):
+    """A field of a Config, and so a flag; where a later class only changes the default, help and least value stay."""
     return field(default=default, metadata={"help": help, "least": least})
 
 
-def told(Config, name, what, otherwise=None):
+def told(Config, name, what):
     """Metadata of the field of that name, by the nearest class that tells it."""
-    own = (c.__dict__.get("__dataclass_fields__", {}).get(name) for c in Config.__mro__)
-    return next((f.metadata[what] for f in own if f and f.metadata[what] is not None), otherwise)
+    own = (getattr(c, "__dataclass_fields__", {}).get(name) for c in Config.__mro__)
+    return next((f.metadata[what] for f in own if f and f.metadata.get(what) is not None), None)
 
 
 def read_text(path):
@@ -76,9 +76,10 @@ class Stage:
 
     def __post_init__(self):
         for f in fields(self):
-            value, least = getattr(self, f.name), told(type(self), f.name, "least", 0)
-            if isinstance(value, (int, float)) and not least <= value < math.inf:
-                raise Abort(f"--{f.name} {value}: give a number, {least:g} or more")
+            value, least = getattr(self, f.name), told(type(self), f.name, "least") or 0
+            for number in value if isinstance(value, tuple) else [value]:
+                if isinstance(number, (int, float)) and not least <= number < 2 ** 63:
+                    raise Abort(f"--{f.name} {number}: give a number, {least:g} or more and below 2 ** 63")
 
 
 @dataclass
@@ -115,18 +116,11 @@ TOY = dict(bf16=not torch.cuda.is_available() and any(
 PAPER = dict(muon_lr=0., clip=1., bf16=True, checkpointing=True, compile=True, save_every=1000, gpus=128)  # Ours: clip
 
 
-def natural(text):
-    if not 0 <= int(text) < 2 ** 63:
-        raise ValueError
-    return int(text)
+def numbers(text):
+    return tuple(map(int, text.split(",")))
 
 
-def naturals(text):
-    return tuple(map(natural, text.split(",")))
-
-
-KINDS = {bool: {"action": argparse.BooleanOptionalAction}, int: {"type": natural},  # no whole number is below 0
-         tuple: {"type": naturals, "metavar": "N,N,..."}}
+KINDS = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"type": numbers, "metavar": "N,N,..."}}
 
 
 def launch(main, Config, presets):
@@ -139,17 +133,16 @@ def launch(main, Config, presets):
         parser.add_argument(f"--{f.name}", default=f.default, help=f"{told(Config, f.name, 'help')} (%(default)s)",
                             **KINDS.get(f.type, {"type": f.type}))
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # so that --help knows the preset, too
-    first.add_argument("--preset", nargs="?", default="toy")
-    if (preset := first.parse_known_args()[0].preset) not in presets:
-        parser.error(f"--preset {preset}: choose from {', '.join(presets)}")
-    parser.set_defaults(**presets[preset])
+    first.error = parser.error
+    first.add_argument("--preset", default="toy", choices=presets)
+    parser.set_defaults(**presets[first.parse_known_args()[0].preset])
     try:
         main(Config(**vars(parser.parse_args())))
-    except (Abort, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n" if speaks() else None)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except (Abort, OSError) as error:  # the first process that knows says why the job ends
+        says = dist.distributed_c10d._get_default_store().add("speaks", 1) == 1 if dist.is_initialized() else RANK == 0
+        parser.exit(2, f"{parser.prog}: {error}\n" if says else None)
+    if dist.is_initialized():  # not after an error: NCCL would wait for the others, which wait for this process
+        dist.destroy_process_group()
 
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun's processes
@@ -180,11 +173,6 @@ def once(function):
 
 
 print0 = once(partial(print, flush=True))
-
-
-def speaks():
-    """Whether this process is the one to say why the job ends: the first that knows."""
-    return dist.distributed_c10d._get_default_store().add("speaks", 1) == 1 if dist.is_initialized() else RANK == 0
 
 
 @contextmanager
@@ -316,7 +304,7 @@ def update(loss, batch, optimizers, step, cfg):
     for name, value in ("loss", means[0]), ("its gradient's length", length):
         if not value.isfinite():
             raise Abort(f"{name} is {value.item()} at step {step + 1}, which is not taken; {cfg.out} is as last saved: "
-                        "start again with lower learning rates")
+                        "go on from there with --resume and lower learning rates")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("peak", group["lr"]) * learning_rate(step, cfg.steps)
@@ -435,12 +423,13 @@ def summary(stage, figures, began=None, then=None):
 @once
 def save(path, **checkpoint):
     """Write a checkpoint of tensors and plain values so that `path` always holds a whole one, the old or the new."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     rng = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
     try:
-        torch.save(checkpoint | {"rng": rng}, part)
+        with open(part, "wb") as file:
+            torch.save(checkpoint | {"rng": rng}, file)
+            os.fsync(file.fileno())  # else the new name may outlive a crash, and what it names not
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise Abort(f"cannot write {path}: {error}") from None
@@ -471,9 +460,9 @@ def load(path, stage=None, finished=True):
     return checkpoint
 
 
-# Flags that change no weights, so that a resumed run may have others.
+# Flags of which a resumed run may have others: those that change no weights, and those against a loss of infinity.
 FREE = ("resume", "out", "workers", "accumulate", "checkpointing", "compile", "log_every", "save_every", "score_clips",
-        "gpus", "gpu_tflops", "utilisation")
+        "gpus", "gpu_tflops", "utilisation", "lr", "muon_lr", "head_lr", "search_lr", "clip")
 
 
 def resume(path, cfg, modules, optimizers):
@@ -483,7 +472,13 @@ def resume(path, cfg, modules, optimizers):
     """
     if not cfg.resume:
         return 0
-    if not Path(path).exists():
+    there = [Path(path).exists()] * WORLD
+    if WORLD > 1:
+        with together():
+            dist.all_gather_object(there, there[0])
+    if any(there) != all(there):
+        raise Abort(f"{path} is there for some processes, not for others: --out must be a folder that all share")
+    if not there[0]:
         print0(f"{path} is not there yet: starting from scratch")
         return 0
     checkpoint = load(path, finished=False)
@@ -493,7 +488,9 @@ def resume(path, cfg, modules, optimizers):
     for name, module in modules.items():
         module.load_state_dict(checkpoint[name])
     for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
+        rate = optimizer.param_groups[0]["lr"]  # of its one group
         optimizer.load_state_dict(state)
+        optimizer.param_groups[0]["peak"] = rate
     for set_state, state in zip((torch.set_rng_state, torch.cuda.set_rng_state), checkpoint["rng"]):
         set_state(state)
     return checkpoint["step"]
@@ -596,6 +593,7 @@ def render(attributes, seed=0, index=0, frames=17, size=(128, 128)):
 
 
 # ------------------------------------------------------------------------------------------------ the toy's reader
+# The twin of render, by plain geometry; -1 = not recognised.
 AREAS = torch.tensor([np.pi, 1.8 ** 2, 27 ** .5 * .62 ** 2, .72 * (4.2 - .72)]).float()      # of SHAPES at radius 1
 PERIMETERS = torch.tensor([2 * np.pi, 4 * 1.8, 108 ** .5 * .62, 4 * 2.1]).float()
 MIN_IOU = torch.tensor([.9, .87, .8, .8])     # with the shape's outline; a circle's is the one that blobs come close to
@@ -673,11 +671,6 @@ def look(clip):
     quality = 1 - torch.stack([flicker / .2, jerk / .03, 2 * change, 2 * mean(blur)])
     read = [wrong.argmin() if wrong.min() < .25 else -1, shape if clear else -1, motion, background]
     return torch.tensor(read), quality.clamp(min=0) * seen.mean()
-
-
-def read_attributes(video):
-    """Attributes (n, 4) of clips (n, 3, F, H, W) in [-1, 1], the twin of render; -1 = not recognised."""
-    return torch.stack([look(clip)[0] for clip in video.float()])
 
 
 def score(video, attributes):
@@ -761,8 +754,7 @@ class VideoFolder:
             raise Abort("reading videos needs PyAV: pip install av") from None
         self.files, self.videos, self.tried, self.bad = videos + images, len(videos), 0, set()
         n = self.STARTS * self.videos
-        kinds = ("clips", range(n)), ("images", range(n, n + len(images)))
-        self.kinds = {kind: indices for kind, indices in kinds if indices}
+        self.kinds = {k: i for k, i in dict(clips=range(n), images=range(n, n + len(images))).items() if i}
         self.kept = lru_cache(2 ** 28 // (12 * cfg.frames * math.prod(cfg.size)))(self.decode)  # 256 MB of clips
 
     def __reduce__(self):  # for loading processes that do not fork: each lists the folder and keeps clips of its own
@@ -775,15 +767,15 @@ class VideoFolder:
 
     @staticmethod
     def read_caption(file):
-        return " ".join(read_text(file.with_suffix(".txt")).lower().split())
+        return " ".join(read_text(file.with_suffix(".txt")).split())
 
     def caption(self, i):
         return self.read_caption(self.item(i)[1])
 
     def clip(self, i):
         """Clip i (3, F, H, W) in [-1, 1] and its caption; where its file is bad, those of the next good one."""
-        kind = next(kind for kind in self.kinds.values() if i in kind)
-        for _ in kind:
+        indices = next(indices for indices in self.kinds.values() if i in indices)
+        for _ in indices:
             start, path = self.item(i)
             if path not in self.bad:
                 try:
@@ -791,11 +783,11 @@ class VideoFolder:
                 except (Abort, OSError) as error:
                     print(f"skipped: {error}", flush=True)
                     self.bad.add(path)
-                    count = min(len(self.files), max(100, self.tried))
+                    count = min(len(self.files), max(1000, self.tried))
                     if len(self.bad) > self.BAD * count:
                         raise Abort(f"{len(self.bad)} of {count} files are skipped, {self.BAD:.0%} may be: {error}"
                                     ) from None
-            i = kind[(i + 1 - kind.start) % len(kind)]
+            i = indices[(i + 1 - indices.start) % len(indices)]
         raise Abort(f"--data {self.cfg.data}: all its videos, or all its images, are skipped: mend or remove them")
 
     def decode(self, start, path):
@@ -813,10 +805,10 @@ class VideoFolder:
                 seconds = seconds or (container.duration or 0) / av.time_base  # .mkv and .webm say it only here
                 shortest = 1 / float(stream.average_rate or cfg.fps)
                 room = seconds - wanted[-1] - max(shortest, 1 / cfg.fps)
-                if not still and room < 0:
+                if not still and room < -1e-6:                       # of rounding
                     raise Abort(f"{path} lasts {seconds:.2f} s, a clip of {cfg.frames} frames at {cfg.fps:g} per "
                                 f"second {cfg.frames / cfg.fps:.2f} s: remove it, or lower --frames or raise --fps")
-                wanted = wanted + room * start / (self.STARTS - 1)
+                wanted = wanted + max(room, 0) * start / (self.STARTS - 1)
                 container.seek(int((wanted[0] + late) / stream.time_base), stream=stream)
                 decoded, frames = container.decode(stream), []
                 frame = next(decoded)
@@ -841,7 +833,7 @@ def words(cfg, length=None):
     """All words of the captions, or of the first `length` words of each."""
     captions = (["a thing", *map(caption, COMBINATIONS.tolist())] if cfg.data == "synthetic" else
                 map(VideoFolder.read_caption, open_clips(cfg).files))
-    return sorted({word for said in captions for word in said.split()[:length]})
+    return sorted({word for said in captions for word in said.lower().split()[:length]})
 
 
 def open_clips(cfg, split="train"):
@@ -953,7 +945,7 @@ class VAE(nn.Module):
         strides = [tuple(2 if i >= stages - n else 1 for n in (halve_t, halve_s, halve_s)) for i in range(stages)]
         widths, down_blocks, up_blocks = (per_stage[:stages] + per_stage[-1:] for per_stage in
                                           (cfg.widths, cfg.encoder_blocks, cfg.decoder_blocks))
-        if min(len(widths) - 1, len(down_blocks) - 1, len(up_blocks) - 1) < stages or light and any(
+        if min(map(len, (widths, down_blocks, up_blocks))) <= stages or light and any(
                 a * math.prod(stride) % b for a, b, stride in zip(widths, widths[1:], strides)):
             raise Abort(f"--widths, --encoder_blocks and --decoder_blocks have one for each of {stages} stages and one "
                         "for the latents; with --light a width divides the one before times what that stage halves")
@@ -1108,13 +1100,13 @@ def load_ltx(path, cfg):
 @dataclass
 class Config(VAEConfig, Training):
     init: str = flag("", "LTX-Video's VAE to start from, diffusers' .safetensors; with --steps 0 to take as it is")
-    steps: int = flag(2000)
-    batch_size: int = flag(8)
+    steps: int = 2000
+    batch_size: int = 8
     crop: tuple = flag((9, 64, 64), "Ours: frames, height and width of the crops that it trains on; 0,0,0: whole clips")
-    lr: float = flag(2e-3)
+    lr: float = 2e-3
     kl_weight: float = flag(1e-2, "weight of the KL divergence from N(0, I)")
     consistency_weight: float = flag(0., "weight of the latent consistency loss of H3AE [48]")
-    log_every: int = flag(100)
+    log_every: int = 100
 
 
 PRESETS = {"toy": TOY, "paper": PAPER | dict(  # LTX's own sizes: 419,193,649 parameters. Ours: all else
@@ -1147,8 +1139,8 @@ def training_batch(clips, cfg, step):
     """This process's share of crops (B, 3, F, H, W) of clips that depend on (seed, step) alone."""
     kinds = list(clips.kinds.values())
     kind, rows = draw(kinds, cfg.batch_size, (cfg.seed, step))
-    drawn = ((clips.clip(kinds[kind][row])[0], np.random.default_rng((cfg.seed, step, row))) for row in share(rows))
-    return torch.stack([crop(video, crop_size(cfg), rng) for video, rng in drawn])
+    return torch.stack([crop(clips.clip(kinds[kind][row])[0], crop_size(cfg),
+                             np.random.default_rng((cfg.seed, step, row))) for row in share(rows)])
 
 
 @torch.no_grad()
