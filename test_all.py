@@ -803,6 +803,16 @@ def test_every_stage_runs_on_ltx_weights(folder):
 
 
 # ------------------------------------------------------------------------------------------------ dit.py: the flow
+def test_paper_presets_have_the_papers_numbers():
+    _, own, small, few = (module.Config(**module.PRESETS["paper"]) for module in STAGES)         # Sec. 4.2.1 and 5
+    assert (own.lr, own.muon_lr, own.gpus, own.steps + small.search_steps + small.steps) == (5e-5, 0, 128, 200_000)
+    assert (small.lr, small.muon_lr, small.gpus, small.alpha, small.output_kd) == (5e-5, 0, 128, .01, False)
+    assert (few.lr, few.muon_lr, few.head_lr, few.gpus, few.steps, few.ema) == (1e-6, 0, 1e-4, 64, 20_000, .95)
+    assert (few.num_steps, few.targets, few.warm_steps, few.head, few.stochastic) == (4, 0, 0, "dit", False)
+    adamw, = vae.make_optimizers(dit.DiT(TINY_DIT), own.lr, own.muon_lr)
+    assert adamw.defaults["betas"] == (.9, .999) and isinstance(adamw, torch.optim.AdamW)
+
+
 def test_flow_matching():
     (x0, t, text, mask), model = (x.double() for x in tiny_inputs()), dit.DiT(TINY_DIT).double()
     noise, parameters = torch.randn_like(x0), list(model.parameters())
@@ -947,6 +957,12 @@ def test_resumed_runs_may_have_lower_rates(folder):
     (adamw,), (muon,) = (state["param_groups"] for state in vae.load(folder / "vae.pt")["optimizer"])
     close(torch.tensor([adamw["lr"], muon["lr"]]),
           torch.tensor([3e-4, .007]) * vae.learning_rate(cfg.steps - 1, cfg.steps))
+
+
+def test_resume_wants_one_folder(folder):
+    cfg, differ = replace(TINY_VAE, resume=True), lambda answers, own: answers.__setitem__(slice(None), [own, not own])
+    with patch.object(vae, "WORLD", 2), patch.object(vae.dist, "all_gather_object", differ):
+        aborts("must be a folder that all share", vae.resume, folder / "vae.pt", cfg, {}, [])
 
 
 def test_moving_average_and_whose_vae_it_is(folder):
