@@ -1,6 +1,6 @@
 """The tests: a section for each file, and each compares with something independent of what it tests.
 
-    python test_all.py           # all of them, two to three minutes
+    python test_all.py           # all of them, about three minutes
     python test_all.py png       # those whose name contains "png"
 
 A test that takes a `folder` gets a new, empty one. The last line counts; the exit status is 1 if any test failed.
