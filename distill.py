@@ -193,7 +193,7 @@ class Adversaries:
         """The heads' loss, the mean scores of real and fake clips, and the share on the right side of 0."""
         with torch.no_grad():
             fake, _ = self.fakes(x_t, t, t_next, *text)
-        real = add_noise(x0, noise, t_next)  # Eq. (7), real
+        real = add_noise(x0, noise, t_next)  # Eq. (7), real; Ours: noise of its own
         self.discriminator.heads.requires_grad_(True)
         both = self.discriminator(torch.cat([real, fake]), *(torch.cat([y, y]) for y in (t_next, *text)))
         d_real, d_fake = both.float().chunk(2)

@@ -589,7 +589,7 @@ def contact_sheet(path, model, vae, about, bf16):
 
 @torch.no_grad()
 def average(ema, model, rate, step):
-    """Move the averaged weights towards the model's, faster while they are young."""
+    """Move the averaged weights towards the model's; Ours: faster while they are young."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(rate, (1 + step) / (10 + step)))
 
 

@@ -953,6 +953,7 @@ def test_resumed_runs_may_have_lower_rates(folder):
     cfg = replace(TINY_VAE, out=str(folder))
     with patch.object(vae, "save", breaking(vae.save, 1)):
         aborts("broken off", vae.main, cfg)
+    aborts("another --muon_lr", vae.main, replace(cfg, resume=True, muon_lr=0.))
     vae.main(replace(cfg, resume=True, lr=3e-4, muon_lr=.007))
     (adamw,), (muon,) = (state["param_groups"] for state in vae.load(folder / "vae.pt")["optimizer"])
     close(torch.tensor([adamw["lr"], muon["lr"]]),

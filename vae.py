@@ -304,7 +304,7 @@ def update(loss, batch, optimizers, step, cfg):
     for name, value in ("loss", means[0]), ("its gradient's length", length):
         if not value.isfinite():
             raise Abort(f"{name} is {value.item()} at step {step + 1}, which is not taken; {cfg.out} is as last saved: "
-                        "go on from there with --resume and lower learning rates")
+                        "start again, or go on from there with --resume, with lower learning rates")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("peak", group["lr"]) * learning_rate(step, cfg.steps)
@@ -460,9 +460,10 @@ def load(path, stage=None, finished=True):
     return checkpoint
 
 
-# Flags of which a resumed run may have others: those that change no weights, and those against a loss of infinity.
+# Flags of which a resumed run may have others: those that change no weights, and what helps against an infinite loss.
 FREE = ("resume", "out", "workers", "accumulate", "checkpointing", "compile", "log_every", "save_every", "score_clips",
-        "gpus", "gpu_tflops", "utilisation", "lr", "muon_lr", "head_lr", "search_lr", "clip")
+        "gpus", "gpu_tflops", "utilisation")
+RATES = "lr", "muon_lr", "head_lr", "search_lr", "clip"
 
 
 def resume(path, cfg, modules, optimizers):
@@ -482,9 +483,11 @@ def resume(path, cfg, modules, optimizers):
         print0(f"{path} is not there yet: starting from scratch")
         return 0
     checkpoint = load(path, finished=False)
-    changed = [k for k, v in asdict(cfg).items() if k not in FREE and checkpoint["config"].get(k) != v]
-    if changed:
-        raise Abort(f"{path} was made with another --{changed[0]}: resume with the flags that it was started with")
+    for k, v in asdict(cfg).items():
+        if k not in FREE and (was := checkpoint["config"].get(k)) != v:
+            if k not in RATES or k == "muon_lr" and 0 in (v, was):                # 0: other optimisers
+                raise Abort(f"{path} was made with another --{k}: resume with the flags that it was started with")
+            print0(f"--{k} was {was:g}, from here on it is {v:g}")
     for name, module in modules.items():
         module.load_state_dict(checkpoint[name])
     for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
