@@ -26,10 +26,9 @@ import torch.nn.functional as F
 from einops import rearrange
 
 import vae as vae_stage
-from vae import (PAPER, RANK, TOY, VAE, WORLD, Abort, DataConfig, Stage, Training, VAEConfig, barrier, draw,
-                 draw_noise, dry_run, flag, launch, load, make_optimizers, once, open_clips, prepare, print0, progress,
-                 read_ltx, reconstruct_clips, resume, save, score, script_of, setup, share, summary, update, words,
-                 write_png)
+from vae import (PAPER, RANK, TOY, VAE, WORLD, Abort, DataConfig, Stage, Training, VAEConfig, barrier, draw, draw_noise,
+                 dry_run, flag, launch, load, make_optimizers, once, open_clips, prepare, print0, progress, read_ltx,
+                 reconstruct_clips, resume, save, score, script_of, setup, share, summary, update, words, write_png)
 
 # ------------------------------------------------------------------------------------------------ the model
 # LTX-Video's transformer [9], module for module. It is exported to Core ML, so shapes inside are static ints.
@@ -229,7 +228,7 @@ class WordEncoder(nn.Module):
 
     Ours: stands in for T5 at toy scale. Any word has a vector; only those seen in training mean anything.
     """
-    null = None
+    null = None  # nothing is taken off, as TextEncoder does
 
     def __init__(self, dim, length):
         super().__init__()

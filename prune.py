@@ -111,8 +111,7 @@ def masking(model, masks, linears=LINEARS):
         changes.append((block, lambda x, y, m=m: y * m + x * (1 - m)))  # Eq. (3)
         for level, name in ((level, name) for level, names in linears.items() for name in names):
             linear, m = block.get_submodule(f"{level}.{name}"), masks[level][:, i, None]
-            if name in ("to_q", "to_k"):  # Ours: the norm counts kept heads alone, else zeros sharpen attention: x / s,
-                # zeros included, has their mean square
+            if name in ("to_q", "to_k"):  # Ours: zeros would sharpen attention; x / s has the kept heads' mean square
                 norm, s = block.get_submodule(f"{level}.{name.replace('to', 'norm')}"), m.mean(-1, keepdim=True).sqrt()
                 changes.append((norm, lambda x, _, norm=norm, s=s: rms_norm(x / s, norm.eps) * s * norm.weight))
             m = m.repeat_interleave(linear.out_features // m.shape[-1], -1)                      # (B, 1, D)

@@ -142,7 +142,7 @@ def test_muon_learning_rate_and_update():
         before = lone.detach().clone()
         muon.step()
     momentum = .95 * .05 * first + .05 * second                          # Nesterov's, of the two gradients
-    u, s, vh = torch.linalg.svd(.05 * second + .95 * momentum, full_matrices=False)
+    u, _, vh = torch.linalg.svd(.05 * second + .95 * momentum, full_matrices=False)
     inside = u.T @ (before - lone.detach()) @ vh.T
     assert (inside - inside.diagonal().diag()).abs().max() < 1e-9
     model = vae.VAE(TINY_VAE)
@@ -793,13 +793,14 @@ def test_every_stage_runs_on_ltx_weights(folder):
     sample.main(sample.Config(out=str(folder), prompt="a zebra moves left"))
     optional("coremltools")
     assert export_ios.main(export_ios.Config(out=str(folder)))["step_error"] < 3e-3
+    export_ios.main(export_ios.Config(out=str(folder), bits=32))
     program, (student, about) = export_ios.Program(folder / "denoiser.mlpackage"), dit.load_dit(folder / "distilled.pt")
     z, one, late = torch.randn(program.inputs[0][2]), torch.ones(1), torch.full((1,), .75)
     with torch.no_grad():  # an app gives it what T5 gives, with the empty caption's share
         spoken, rest = t5(torch.tensor([[3, 4, 6, 1]])).last_hidden_state, about.text_length - 4
         mask, fresh = F.pad(torch.ones(1, 4), (0, rest)), [z] * about.stochastic
         ours = program(z, one, late, F.pad(spoken, (0, 0, 0, rest)), mask, *fresh)
-        close(ours, dit.advance(z, student(z, one, *encode(["a red circle"])), one, late, *fresh), 3e-3)
+        close(ours, dit.advance(z, student(z, one, *encode(["a red circle"])), one, late, *fresh))
 
 
 # ------------------------------------------------------------------------------------------------ dit.py: the flow

@@ -307,7 +307,7 @@ def update(loss, batch, optimizers, step, cfg):
                         "start again, or go on from there with --resume, with lower learning rates")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group.setdefault("peak", group["lr"]) * learning_rate(step, cfg.steps)
+            group["lr"] = optimizer.defaults["lr"] * learning_rate(step, cfg.steps)
         with bf16:  # for Muon's products
             optimizer.step()
         optimizer.zero_grad()
@@ -491,9 +491,7 @@ def resume(path, cfg, modules, optimizers):
     for name, module in modules.items():
         module.load_state_dict(checkpoint[name])
     for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
-        rate = optimizer.param_groups[0]["lr"]  # of its one group
         optimizer.load_state_dict(state)
-        optimizer.param_groups[0]["peak"] = rate
     for set_state, state in zip((torch.set_rng_state, torch.cuda.set_rng_state), checkpoint["rng"]):
         set_state(state)
     return checkpoint["step"]
