@@ -185,7 +185,7 @@ class Adversaries:
         self.cfg, self.generator, self.discriminator = cfg, generator, discriminator
 
     def fakes(self, x_t, t, t_next, *text):
-        """Fake clips of Eq. (7), and the clean ones of Eq. (9) that the generator guesses."""
+        """Fake clips at t_next, and the clean ones that the generator guesses."""
         velocity = self.generator(x_t, t, *text)
         return jump(x_t, velocity, t, t_next), jump(x_t, velocity, t, 0 * t)
 

@@ -401,7 +401,7 @@ def dry_run(stage, cfg, describe):
     sizes = dict(weights_gb=4 * held, gradients_gb=4 * count, adamw_gb=8 * count, activations_gb=training.most)
     hours = lambda utilisation: work / (cfg.gpus * cfg.gpu_tflops * 1e12 * utilisation) / 3600
     figures = dict(parameters=sum(p.numel() for p in trained[0].parameters()),
-                   tflops_a_step=work / max(1, cfg.steps) / 1e12, tflops_to_infer=inference.flops / 1e12,
+                   exaflops=work / 1e18, tflops_to_infer=inference.flops / 1e12,
                    **{k: n / 1e9 for k, n in sizes.items()}, gb_a_gpu=sum(sizes.values()) / 1e9, gpus=cfg.gpus,
                    hours=hours(cfg.utilisation))
     if torch.cuda.is_available():
