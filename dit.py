@@ -477,7 +477,7 @@ COMPILED = TOY | dict(compile=sys.platform == "linux" and not torch.cuda.is_avai
 PRESETS = {"toy": COMPILED, "paper": PAPER | dict(
     frames=121, size=(576, 1024), fps=24., depth=28, width=2048, num_heads=32, head_dim=64, ffn_dim=8192, text_dim=1024,
     text_encoder="google/t5-v1_1-large", text_length=128, absolute=False, clean=False, num_clips=10 ** 9, workers=4,
-    steps=148_000, batch_size=1024, lr=5e-5, timestep_mean=0., timestep_std=1., ema=.9999, shift=8.,
+    steps=148_000, batch_size=1024, save_every=200, lr=5e-5, timestep_mean=0., timestep_std=1., ema=.9999, shift=8.,
     guidance_scale=3., stochastic=False)}
 MOBILE = dict(depth=20, num_heads=20, ffn_dim=6144, num_steps=4, guidance_scale=1., shift=1.)  # pruned and distilled
 

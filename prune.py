@@ -363,8 +363,8 @@ class Config(LaterStage, Training):
 
 
 PRESETS = {"toy": COMPILED, "paper": PAPER | dict(  # Sec. 4.2.1. Ours: groups, batch, and how 200K steps are shared
-    budget=1e9, groups=(7, 8, 4), search_steps=2000, search_lr=.01, steps=50_000, batch_size=1024, lr=5e-5,
-    ema=.9999, output_kd=False)}
+    budget=1e9, groups=(7, 8, 4), search_steps=2000, search_lr=.01, steps=50_000, batch_size=1024, save_every=200,
+    lr=5e-5, ema=.9999, output_kd=False)}
 
 
 def describe(cfg, about, kept, n):

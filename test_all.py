@@ -464,12 +464,19 @@ def test_video_folder(folder):
         close(torch.from_numpy(cache[kind][0][index % 16]).float(), model.encode(clips.clip(index)[0][None])[0], 1e-3)
     drawn = Counter(dit.draw_batch(cache, 4, (0, step), "cpu")[0].shape for step in range(200))
     assert set(drawn) == {(4, 8, 2, 1, 1), (4, 8, 1, 1, 1)} and 5 < drawn[4, 8, 1, 1, 1] < 30, drawn  # one of 13
+    whole = (folder / "b.mkv").read_bytes()
+    (folder / "b.mkv").write_bytes(whole[:len(whole) * 97 // 100])       # whose head still says how long it was
+    assert abs(clips.decode(7, folder / "b.mkv") - clips.clip(14)[0]).max() < .1  # its last frames stay a little longer
+    (folder / "b.mkv").write_bytes(whole[:len(whole) * 7 // 10])
+    aborts("b.mkv ends after", clips.decode, 7, folder / "b.mkv")
+    with patch.object(vae.VideoFolder, "BAD", 1.):
+        (some, forth), (others, back) = ((own := vae.open_clips(cfg), {i: own.clip(i)[0] for i in order})
+                                         for order in (range(16), reversed(range(16))))
+    assert same(forth, {i: back[i] for i in forth}) and some.bad == others.bad, (some.bad, others.bad)
+    assert 7 in some.bad[folder / "b.mkv"] and 0 not in some.bad[folder / "b.mkv"]  # whose first clips are whole
+    (folder / "b.mkv").write_bytes(whole)
     (folder / "a.mp4").write_bytes((folder / "b.mkv").read_bytes()[:300])
     aborts("a.mp4 cannot be decoded", lambda: vae.open_clips(cfg).clip(0)[0])
-    whole = (folder / "b.mkv").read_bytes()
-    (folder / "b.mkv").write_bytes(whole[:len(whole) * 7 // 10])         # whose head still says how long it was
-    aborts("b.mkv ends after", vae.open_clips(replace(cfg, frames=33)).decode, 0, folder / "b.mkv")
-    (folder / "b.mkv").write_bytes(whole)
     with patch.object(optional("av"), "open", side_effect=UnicodeDecodeError("utf-8", b"\xff", 0, 1, "of its title")):
         aborts("of its title", lambda: vae.open_clips(cfg).clip(0))
     (folder / "c.txt").unlink()

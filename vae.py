@@ -731,11 +731,12 @@ class SyntheticClips:
 class VideoFolder:
     """A folder of videos and images with captions, listed once: STARTS clips of each video, one frame of an image.
 
-    A file that cannot be read or is too short is named and skipped: its clips are those of the next one that can.
-    Raises Abort where folder, caption or `av` is missing, or too many files are skipped: over BAD, or all of a kind.
+    Where a file cannot be read, or is too short, it is named, and the clip is that of the next one which can.
+    Raises Abort where folder, caption or `av` is missing, or too many files are bad: over BAD, or all of a kind.
     """
     STARTS = 8  # Ours: starts per video, evenly spread, so that decoded clips can be kept
     BAD = .1
+    HOLD = .25  # seconds for which a video's last frame stays, where its sound lasts longer
 
     def __init__(self, cfg):
         self.cfg, folder = cfg, Path(cfg.data)
@@ -753,7 +754,7 @@ class VideoFolder:
             import av  # noqa: F401
         except ImportError:
             raise Abort("reading videos needs PyAV: pip install av") from None
-        self.files, self.videos, self.tried, self.bad = videos + images, len(videos), 0, set()
+        self.files, self.videos, self.tried, self.bad = videos + images, len(videos), 0, {}
         n = self.STARTS * self.videos
         self.kinds = {k: i for k, i in dict(clips=range(n), images=range(n, n + len(images))).items() if i}
         self.kept = lru_cache(2 ** 28 // (12 * cfg.frames * math.prod(cfg.size)))(self.decode)  # 256 MB of clips
@@ -778,12 +779,13 @@ class VideoFolder:
         indices = next(indices for indices in self.kinds.values() if i in indices)
         for _ in indices:
             start, path = self.item(i)
-            if path not in self.bad:
+            if start not in self.bad.get(path, ()):  # of the file's other starts this says nothing
                 try:
                     return self.kept(start, path), self.caption(i)
                 except (Abort, OSError) as error:
-                    print(f"skipped: {error}", flush=True)
-                    self.bad.add(path)
+                    if path not in self.bad:
+                        print(f"skipped: {error}", flush=True)
+                    self.bad.setdefault(path, set()).add(start)
                     count = min(len(self.files), max(1000, self.tried))
                     if len(self.bad) > self.BAD * count:
                         raise Abort(f"{len(self.bad)} of {count} files are skipped, {self.BAD:.0%} may be: {error}"
@@ -792,7 +794,7 @@ class VideoFolder:
         raise Abort(f"--data {self.cfg.data}: all its videos, or all its images, are skipped: mend or remove them")
 
     def decode(self, start, path):
-        """A clip (3, F, H, W) in [-1, 1] of a file: the frames nearest in time, cropped in the middle."""
+        """A clip (3, F, H, W) in [-1, 1] of a file: the frames nearest in time."""
         import av
         self.tried += 1
         cfg = self.cfg
@@ -812,22 +814,27 @@ class VideoFolder:
                 wanted = wanted + max(room, 0) * start / (self.STARTS - 1)
                 container.seek(int((wanted[0] + late) / stream.time_base), stream=stream)
                 decoded, frames = container.decode(stream), []
-                frame = next(decoded)
+                frame = next(decoded, None)
                 for moment in wanted:
-                    while not still and frame.time - late < moment - shortest / 2:
-                        frame = next(decoded)
-                    frames.append(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))  # as shown
+                    while frame and not still and frame.time - late < moment - shortest / 2 and (
+                            later := next(decoded, None)):
+                        frame = later
+                    if not frame or not still and moment - frame.time + late > max(shortest, self.HOLD):
+                        raise Abort(f"{path} ends after {len(frames)} of {len(wanted)} frames: remove it or encode it "
+                                    "again")
+                    frames.append(self.fit(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))))
         except (av.error.FFmpegError, IndexError, TypeError, ValueError) as error:
             raise Abort(f"{path} cannot be decoded ({error}): remove it or encode it again") from None
-        except StopIteration:
-            raise Abort(f"{path} ends after {len(frames)} of {len(wanted)} frames: remove it or encode it again"
-                        ) from None
-        video = rearrange(torch.from_numpy(np.stack(frames)), "f h w c -> f c h w").float() / 127.5 - 1
-        scale = max(side / n for side, n in zip(cfg.size, video.shape[2:]))
-        video = F.interpolate(video, [round(n * scale) for n in video.shape[2:]], mode="bilinear", antialias=True)
-        for dim, side in enumerate(cfg.size, 2):
-            video = video.narrow(dim, (video.shape[dim] - side) // 2, side)
-        return rearrange(video, "f c h w -> c f h w").contiguous()
+        return torch.cat(frames, 1)
+
+    def fit(self, pixels):
+        """A decoded frame, bytes (h, w, 3), scaled and cropped in the middle to (3, 1, H, W) in [-1, 1]."""
+        frame = rearrange(torch.from_numpy(pixels.copy()), "h w c -> c 1 h w").float() / 127.5 - 1
+        scale = max(side / n for side, n in zip(self.cfg.size, frame.shape[2:]))
+        frame = F.interpolate(frame, [round(n * scale) for n in frame.shape[2:]], mode="bilinear", antialias=True)
+        for dim, side in enumerate(self.cfg.size, 2):
+            frame = frame.narrow(dim, (frame.shape[dim] - side) // 2, side)
+        return frame
 
 
 def words(cfg, length=None):
@@ -1203,6 +1210,7 @@ def main(cfg):
     clips = open_clips(cfg)
     loader = torch.utils.data.DataLoader(range(start, cfg.steps), None, num_workers=cfg.workers,
                                          collate_fn=partial(training_batch, clips, cfg),
+                                         prefetch_factor=1 if cfg.workers else None,   # the paper's are 100 MB a clip
                                          generator=torch.Generator())  # its own, so that workers change no noise
     prepare([*vae.encoder, *vae.decoder], cfg)
     for step, video in zip(progress(start, cfg.steps), loader):
