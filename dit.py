@@ -299,10 +299,10 @@ def logit_normal(count, mean, std, device=None):
     return torch.sigmoid(mean + std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
 
 
-def flow_matching_loss(model, x0, noise, t, text_emb, text_mask, target=None):
-    """Mean squared error of the velocity, from noise - x0 or from another target of that shape."""
+def flow_matching_loss(model, x0, noise, t, text_emb, text_mask, target=None, dims=None):
+    """Mean squared error of the velocity, from noise - x0 or from another target of that shape; over dims, if given."""
     velocity = model(add_noise(x0, noise, t), t, text_emb, text_mask)
-    return (velocity - (noise - x0 if target is None else target)).square().mean()  # Eq. (2)
+    return (velocity - (noise - x0 if target is None else target)).square().mean(dims)  # Eq. (2)
 
 
 def euler_times(num_steps, shift=1., terminal=0.):

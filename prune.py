@@ -26,8 +26,9 @@ import dit
 from dit import (COMPILED, LaterStage, add_noise, average, build, contact_sheet, encode_clips, fingerprint,
                  flow_matching_loss, load_dit, load_vae, rms_norm, save_dit, score_samples, step_inputs, test_captions,
                  training_batch)
-from vae import (PAPER, VAE, Abort, Meter, Training, VAEConfig, barrier, dry_run, flag, launch, load, make_optimizers,
-                 median_ms, once, prepare, print0, progress, resume, seeded, setup, share, summary, update)
+from vae import (PAPER, VAE, WORLD, Abort, Meter, Training, VAEConfig, barrier, dry_run, flag, launch, load,
+                 make_optimizers, median_ms, once, prepare, print0, progress, resume, seeded, setup, share, summary,
+                 update)
 
 # ------------------------------------------------------------------------------------------------ candidates
 SIZES = "depth", "num_heads", "ffn_dim"             # of a DiT, one for each level of granularity
@@ -149,6 +150,9 @@ class Search(nn.Module):
 
     Ours: of a head only the values are masked. With zeros for queries and keys it would attend to all tokens alike, and
     the straight-through gradient would tell the worth of that head, not of the one that would come back.
+
+    Ours: what whole blocks are worth is told by the score function (REINFORCE). Between without a block and with it the
+    loss is no line, so that the straight-through gradient takes those that change their input most for the best.
     """
 
     def __init__(self, model, candidates):
@@ -161,16 +165,21 @@ class Search(nn.Module):
         self.up = nn.ParameterList(torch.zeros(LORA_RANK, m.out_features) for m in self.linears)
 
     def forward(self, temperature, x0, noise, t, text_emb, text_mask, *gumbels):
+        """The loss of clips of which each second one is the one before, with its noise and t, under other masks."""
         choice = {}
         for (level, logits), drawn in zip(self.logits.items(), gumbels):
             soft = ((logits + drawn) / temperature).softmax(-1)
             hard = F.one_hot(soft.argmax(-1), soft.shape[-1])
             choice[level] = hard - soft.detach() + soft                  # straight through
+        choice["blocks"] = choice["blocks"].detach()
+        log_p = (choice["blocks"] * self.logits["blocks"].log_softmax(-1)).sum((1, 2))           # (B,)
         updates = [(linear, lambda x, y, down=down, up=up: y + x @ down @ up)
                    for linear, down, up in zip(self.linears, self.down, self.up)]
         self.hooks.close()  # the last call's, which its backward pass needs where it computes the blocks again
         self.hooks = hooked(updates + masking(self.model, self.candidates.masks_of(choice), SEARCHED))
-        return flow_matching_loss(self.model, x0, noise, t, text_emb, text_mask)
+        losses = flow_matching_loss(self.model, x0, noise, t, text_emb, text_mask, dims=(1, 2, 3, 4))    # (B,)
+        worse = losses.detach() - losses.detach().view(-1, 2).flip(1).flatten()                  # than the other of two
+        return losses.mean() + (worse * (log_p - log_p.detach())).mean()                         # whose value is 0
 
 
 def search(cfg, teacher, candidates, draw, device, path=None, about=None):
@@ -186,7 +195,8 @@ def search(cfg, teacher, candidates, draw, device, path=None, about=None):
     own = dict(model=module.logits, ema=average_logits, down=module.down, up=module.up)
     for step in progress(resume(path, cfg, own, optimizers), cfg.steps):
         temperature = np.interp(step, (0, cfg.steps - 1), TEMPERATURES).item()
-        batch = *draw((cfg.seed, step, 0, 1)), *gumbel(module.logits, cfg.batch_size, device)
+        pairs = (x[::2].repeat_interleave(2, 0) for x in draw((cfg.seed, step, 0, 1)))
+        batch = *pairs, *gumbel(module.logits, cfg.batch_size, device)
         loss, = update(partial(module, temperature), batch, optimizers, step, cfg)
         average(average_logits, module.logits, .9, step)
         losses.append(loss.item())
@@ -360,6 +370,11 @@ class Config(LaterStage, Training):
     sensitivity: bool = flag(False, "Fig. 3 instead: prune each level alone")
     ablation: bool = flag(False, "Table 4 instead: other ways to a DiT of this size")
     seeds: int = flag(1, "runs of each way in --ablation", least=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.batch_size // (self.gpus if self.dry_run else WORLD) // self.accumulate % 2:
+            raise Abort("the search compares pairs of clips: take fewer --accumulate, so that micro-batches are even")
 
 
 PRESETS = {"toy": COMPILED, "paper": PAPER | dict(  # Sec. 4.2.1. Ours: groups, batch, and how 200K steps are shared

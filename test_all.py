@@ -1241,14 +1241,35 @@ def test_search_finds_the_best_and_leaves_no_trace():
     prune.search(cfg, model, candidates, lambda _: batch, "cpu")
     assert same(dict(model.state_dict()), dict(before)) and not any(m._forward_hooks for m in model.modules())
     for _ in range(4):
-        module(4., *(torch.cat([y] * 8) for y in batch), *prune.gumbel(module.logits, 16)).backward()
+        module(4., *(y.repeat_interleave(8, 0) for y in batch), *prune.gumbel(module.logits, 16)).backward()
     assert all((p.grad != 0).all() for p in module.logits.values()) and all(p.grad is None for p in model.parameters())
     assert all(up.grad.abs().max() > 0 for up in module.up)
-    distance = lambda *_: sum((mask - best[level]).square().sum(-1).mean() for level, mask in drawn.pop().items())
+
+    def distance(_, x0, *__, dims):
+        assert torch.equal(x0[::2], x0[1::2])                            # each clip twice, under other masks
+        return sum((mask - best[level]).square().flatten(1).sum(1) for level, mask in drawn.pop().items())
     with patch.object(prune, "masking", lambda _, masks, __: drawn.append(masks) or []), \
             patch.object(prune, "flow_matching_loss", distance):
         found = prune.search(replace(cfg, search_steps=60), model, candidates, lambda _: batch, "cpu")
     assert same(found, best)
+
+
+def test_worth_of_blocks_is_the_slope_of_the_mean_loss():
+    """The search's gradient for them, of many pairs of draws, and that of the mean over all choices."""
+    (model, about), (x, t, text, mask), n = tiny_generator(), tiny_inputs(), 4000
+    candidates = prune.Candidates(about, (2, 4, 4), (1, 4, 4))
+    module, batch = prune.Search(model, candidates), [y[:1] for y in (x, x + 1, t, text, mask)]
+    module.logits["blocks"].data.normal_()
+    losses, shares = [], []
+    for choice in itertools.product(range(2), repeat=2):
+        masks = candidates.read_out({level: F.one_hot(torch.tensor(choice), 2) if level == "blocks" else torch.zeros(s)
+                                     for level, s in candidates.shapes.items()})
+        with prune.hooked(prune.masking(model, masks, prune.SEARCHED)):
+            losses.append(dit.flow_matching_loss(model, *batch))
+        shares.append(module.logits["blocks"].softmax(1)[range(2), choice].prod())
+    wanted, = torch.autograd.grad((torch.stack(shares) * torch.stack(losses)).sum(), [module.logits["blocks"]])
+    module(1., *(y.repeat_interleave(n, 0) for y in batch), *prune.gumbel(module.logits, n)).backward()
+    close(module.logits["blocks"].grad, wanted, .1)
 
 
 def test_gumbel_noise_draws_by_the_logits():
@@ -1346,6 +1367,7 @@ def test_prune_resumes_to_the_same_bits_and_says_what_is_wrong(folder):
     dit.main(replace(TINY_DIT, out=str(once), num_heads=1, depth=4))         # a generator of another shape
     for words, flags in (("--budget 0.01 cannot be met", "--budget .01"), ("do not divide", "--groups 2,3,4"),
                          ("do not divide", "--groups 2,2"), ("do not divide", "--groups 2,0,4"),
+                         ("pairs of clips", "--accumulate 4"),
                          ("no generator", f"--init {once}/vae.pt"), ("is missing", f"--init {once}/none.pt"),
                          ("another --budget", "--resume --budget .7"), ("another --alpha", "--resume --alpha 0"),
                          ("--alpha -1.0", "--alpha=-1"), ("--search_lr nan", "--search_lr nan"),
