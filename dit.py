@@ -300,7 +300,7 @@ def logit_normal(count, mean, std, device=None):
 
 
 def flow_matching_loss(model, x0, noise, t, text_emb, text_mask, target=None, dims=None):
-    """Mean squared error of the velocity, from noise - x0 or from another target of that shape; over dims, if given."""
+    """Mean squared error, over dims or (None) all, of the velocity from noise - x0 or another target of that shape."""
     velocity = model(add_noise(x0, noise, t), t, text_emb, text_mask)
     return (velocity - (noise - x0 if target is None else target)).square().mean(dims)  # Eq. (2)
 
