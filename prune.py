@@ -26,9 +26,8 @@ import dit
 from dit import (COMPILED, LaterStage, add_noise, average, build, contact_sheet, encode_clips, fingerprint,
                  flow_matching_loss, load_dit, load_vae, rms_norm, save_dit, score_samples, step_inputs, test_captions,
                  training_batch)
-from vae import (PAPER, VAE, WORLD, Abort, Meter, Training, VAEConfig, barrier, dry_run, flag, launch, load,
-                 make_optimizers, median_ms, once, prepare, print0, progress, resume, seeded, setup, share, summary,
-                 update)
+from vae import (PAPER, VAE, Abort, Meter, Training, VAEConfig, barrier, dry_run, flag, launch, load, make_optimizers,
+                 median_ms, once, prepare, print0, progress, resume, seeded, setup, share, summary, update)
 
 # ------------------------------------------------------------------------------------------------ candidates
 SIZES = "depth", "num_heads", "ffn_dim"             # of a DiT, one for each level of granularity
@@ -37,7 +36,8 @@ PAPER_CUT = 8 / 28, 12 / 32, 1 / 4                  # shares of them that the pa
 LORA_RANK = 4                                       # Ours: of the light update in the search
 LINEARS = {"self_attn": ("to_q", "to_k", "to_v"), "cross_attn": ("to_q", "to_k", "to_v"), "ffn": ("up",)}  # masked
 SEARCHED = {"self_attn": ("to_v",), "cross_attn": ("to_v",), "ffn": ("up",)}  # Ours: see Search
-# Ours, after [7]: hard Gumbel-softmax, LoRA and the logits' average, as the paper does not say how it learns masks.
+# Ours, after [7]: hard Gumbel-softmax, LoRA and the logits' average, as the paper does not say how it learns masks; of
+# blocks otherwise, see Search.
 TEMPERATURES = 4., .1                               # of the Gumbel-softmax, first and last
 PHONE = 7, 12, 16                                   # latents of the 49 x 384 x 512 video that the paper's phone makes
 
@@ -151,8 +151,8 @@ class Search(nn.Module):
     Ours: of a head only the values are masked. With zeros for queries and keys it would attend to all tokens alike, and
     the straight-through gradient would tell the worth of that head, not of the one that would come back.
 
-    Ours: what whole blocks are worth is told by the score function (REINFORCE). Between without a block and with it the
-    loss is no line, so that the straight-through gradient takes those that change their input most for the best.
+    Ours: what whole blocks are worth is told by the score function (REINFORCE). From a block's absence to its presence
+    the loss is no line, and the straight-through gradient favours those that change their input most, good or not.
     """
 
     def __init__(self, model, candidates):
@@ -165,7 +165,10 @@ class Search(nn.Module):
         self.up = nn.ParameterList(torch.zeros(LORA_RANK, m.out_features) for m in self.linears)
 
     def forward(self, temperature, x0, noise, t, text_emb, text_mask, *gumbels):
-        """The loss of clips of which each second one is the one before, with its noise and t, under other masks."""
+        """The loss of clips in pairs (2i, 2i + 1): one clip, noise and t under two draws of masks."""
+        if (count := len(gumbels[0])) % 2:
+            raise Abort(f"the search compares pairs of clips, a process' micro-batch has {count}: make it even, by "
+                        "--batch_size or --accumulate")
         choice = {}
         for (level, logits), drawn in zip(self.logits.items(), gumbels):
             soft = ((logits + drawn) / temperature).softmax(-1)
@@ -195,7 +198,7 @@ def search(cfg, teacher, candidates, draw, device, path=None, about=None):
     own = dict(model=module.logits, ema=average_logits, down=module.down, up=module.up)
     for step in progress(resume(path, cfg, own, optimizers), cfg.steps):
         temperature = np.interp(step, (0, cfg.steps - 1), TEMPERATURES).item()
-        pairs = (x[::2].repeat_interleave(2, 0) for x in draw((cfg.seed, step, 0, 1)))
+        pairs = (x[::2].repeat_interleave(2, 0) for x in draw((cfg.seed, step, 0, 1)))          # half of them, twice
         batch = *pairs, *gumbel(module.logits, cfg.batch_size, device)
         loss, = update(partial(module, temperature), batch, optimizers, step, cfg)
         average(average_logits, module.logits, .9, step)
@@ -370,11 +373,6 @@ class Config(LaterStage, Training):
     sensitivity: bool = flag(False, "Fig. 3 instead: prune each level alone")
     ablation: bool = flag(False, "Table 4 instead: other ways to a DiT of this size")
     seeds: int = flag(1, "runs of each way in --ablation", least=1)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.batch_size // (self.gpus if self.dry_run else WORLD) // self.accumulate % 2:
-            raise Abort("the search compares pairs of clips: take fewer --accumulate, so that micro-batches are even")
 
 
 PRESETS = {"toy": COMPILED, "paper": PAPER | dict(  # Sec. 4.2.1. Ours: groups, batch, and how 200K steps are shared

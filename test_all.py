@@ -449,7 +449,7 @@ def test_video_folder(folder):
         wanted = rate * ((40 / rate - 9 / 8) * start / 7 + torch.arange(9) / 8)
         assert (shown - wanted).abs().max() <= .51, f"{path.name} at {start}: {shown.tolist()}, not {wanted.tolist()}"
     assert torch.equal(pickle.loads(pickle.dumps(clips)).clip(3)[0], clips.clip(3)[0])  # as to a worker on macOS
-    aborts("lasts 2.50 s", lambda: vae.open_clips(replace(cfg, frames=25)).clip(0)[0])
+    aborts("lasts 2.50 s", vae.open_clips(replace(cfg, frames=25)).decode, 0, folder / "a.mp4")
     with patch.object(vae.VideoFolder, "BAD", 1.):
         aborts("are skipped: mend", lambda: vae.open_clips(replace(cfg, frames=49)).clip(0)[0])
     gray_film(folder / "d.mp4", 24, 32, 32, [9] * 49)                    # just long enough, but for rounding
@@ -465,18 +465,24 @@ def test_video_folder(folder):
     drawn = Counter(dit.draw_batch(cache, 4, (0, step), "cpu")[0].shape for step in range(200))
     assert set(drawn) == {(4, 8, 2, 1, 1), (4, 8, 1, 1, 1)} and 5 < drawn[4, 8, 1, 1, 1] < 30, drawn  # one of 13
     whole = (folder / "b.mkv").read_bytes()
-    (folder / "b.mkv").write_bytes(whole[:len(whole) * 97 // 100])       # whose head still says how long it was
-    assert abs(clips.decode(7, folder / "b.mkv") - clips.clip(14)[0]).max() < .1  # its last frames stay a little longer
+    gray_film(film := folder / "e.mkv", 24, 32, 32)
+    before = fast.decode(7, film)
+    with optional("av").open(str(film)) as container:                    # the last one shown
+        last = max((p for p in container.demux(video=0) if p.size), key=lambda p: p.pts).pos
+    film.write_bytes(film.read_bytes()[:last])                           # its head still says how long it was
+    assert 0 < (fast.decode(7, film) - before).abs().max() < .2          # frames before it stay a little longer
+    film.unlink()
     (folder / "b.mkv").write_bytes(whole[:len(whole) * 7 // 10])
     aborts("b.mkv ends after", clips.decode, 7, folder / "b.mkv")
     with patch.object(vae.VideoFolder, "BAD", 1.):
         (some, forth), (others, back) = ((own := vae.open_clips(cfg), {i: own.clip(i)[0] for i in order})
                                          for order in (range(16), reversed(range(16))))
+    bad = {own.item(i)[::-1] for i in own.bad}
     assert same(forth, {i: back[i] for i in forth}) and some.bad == others.bad, (some.bad, others.bad)
-    assert 7 in some.bad[folder / "b.mkv"] and 0 not in some.bad[folder / "b.mkv"]  # whose first clips are whole
+    assert (folder / "b.mkv", 7) in bad and (folder / "b.mkv", 0) not in bad, bad  # whose first clips are whole
     (folder / "b.mkv").write_bytes(whole)
     (folder / "a.mp4").write_bytes((folder / "b.mkv").read_bytes()[:300])
-    aborts("a.mp4 cannot be decoded", lambda: vae.open_clips(cfg).clip(0)[0])
+    aborts("a.mp4 cannot be decoded", vae.open_clips(cfg).decode, 0, folder / "a.mp4")
     with patch.object(optional("av"), "open", side_effect=UnicodeDecodeError("utf-8", b"\xff", 0, 1, "of its title")):
         aborts("of its title", lambda: vae.open_clips(cfg).clip(0))
     (folder / "c.txt").unlink()
@@ -541,7 +547,7 @@ def test_bad_files_are_skipped_and_change_no_bit(folder):
     (data / "00.txt").write_text("number nil")
     aborts("encoded with other files: rename", dit.encode_clips, own, model, "cpu")
     (data / "05.mp4").write_bytes(good[:100])
-    aborts("3 of 20 files are skipped, 10% may be", vae.main, replace(cfg, out=f"{folder}/no", workers=2, steps=300))
+    aborts("17 of 160 clips are skipped, 10% may be", vae.main, replace(cfg, out=f"{folder}/no", workers=2, steps=300))
 
 
 # ------------------------------------------------------------------------------------------------ vae.py: the VAE
@@ -1688,7 +1694,7 @@ def test_bf16_is_close(folder):
         assert 1e-6 < (ours - whole).norm() / whole.norm() < 1e-2
     assert all(module.PRESETS["toy"] | {"compile": False} == vae.TOY | {"compile": False} for module in STAGES)
     if Path("/proc/cpuinfo").exists() and not torch.cuda.is_available():
-        assert any(k in Path("/proc/cpuinfo").read_text() for k in ("avx512_bf16", "amx_bf16")) == vae.TOY["bf16"]
+        assert any(k in Path("/proc/cpuinfo").read_text() for k in ("avx512_bf16", "amx_bf16")) <= vae.TOY["bf16"]
 
 
 JOB = """

@@ -731,12 +731,12 @@ class SyntheticClips:
 class VideoFolder:
     """A folder of videos and images with captions, listed once: STARTS clips of each video, one frame of an image.
 
-    Where a file cannot be read, or is too short, it is named, and the clip is that of the next one which can.
-    Raises Abort where folder, caption or `av` is missing, or too many files are bad: over BAD, or all of a kind.
+    A clip that cannot be read, or that its file is too short for, is that of the next file; the file is named.
+    Raises Abort where folder, caption or `av` is missing, or too many clips are bad: over BAD, or all of a kind.
     """
     STARTS = 8  # Ours: starts per video, evenly spread, so that decoded clips can be kept
     BAD = .1
-    HOLD = .25  # seconds for which a video's last frame stays, where its sound lasts longer
+    HOLD = .25  # Ours: seconds that a video's last frame may stay, where its sound is longer or its end is missing
 
     def __init__(self, cfg):
         self.cfg, folder = cfg, Path(cfg.data)
@@ -754,7 +754,7 @@ class VideoFolder:
             import av  # noqa: F401
         except ImportError:
             raise Abort("reading videos needs PyAV: pip install av") from None
-        self.files, self.videos, self.tried, self.bad = videos + images, len(videos), 0, {}
+        self.files, self.videos, self.tried, self.bad, self.named = videos + images, len(videos), 0, set(), set()
         n = self.STARTS * self.videos
         self.kinds = {k: i for k, i in dict(clips=range(n), images=range(n, n + len(images))).items() if i}
         self.kept = lru_cache(2 ** 28 // (12 * cfg.frames * math.prod(cfg.size)))(self.decode)  # 256 MB of clips
@@ -775,26 +775,27 @@ class VideoFolder:
         return self.read_caption(self.item(i)[1])
 
     def clip(self, i):
-        """Clip i (3, F, H, W) in [-1, 1] and its caption; where its file is bad, those of the next good one."""
+        """Clip i (3, F, H, W) in [-1, 1] and its caption; where it is bad, those of the next good one."""
         indices = next(indices for indices in self.kinds.values() if i in indices)
         for _ in indices:
             start, path = self.item(i)
-            if start not in self.bad.get(path, ()):  # of the file's other starts this says nothing
+            if i not in self.bad:
                 try:
                     return self.kept(start, path), self.caption(i)
                 except (Abort, OSError) as error:
-                    if path not in self.bad:
+                    if path not in self.named:
                         print(f"skipped: {error}", flush=True)
-                    self.bad.setdefault(path, set()).add(start)
-                    count = min(len(self.files), max(1000, self.tried))
+                        self.named.add(path)
+                    self.bad.add(i)
+                    count = min(sum(map(len, self.kinds.values())), max(1000, self.tried))
                     if len(self.bad) > self.BAD * count:
-                        raise Abort(f"{len(self.bad)} of {count} files are skipped, {self.BAD:.0%} may be: {error}"
+                        raise Abort(f"{len(self.bad)} of {count} clips are skipped, {self.BAD:.0%} may be: {error}"
                                     ) from None
             i = indices[(i + 1 - indices.start) % len(indices)]
         raise Abort(f"--data {self.cfg.data}: all its videos, or all its images, are skipped: mend or remove them")
 
     def decode(self, start, path):
-        """A clip (3, F, H, W) in [-1, 1] of a file: the frames nearest in time."""
+        """A clip (3, F, H, W) in [-1, 1] of a file: at each moment the frame that is nearest, or else still shown."""
         import av
         self.tried += 1
         cfg = self.cfg
@@ -805,7 +806,7 @@ class VideoFolder:
                 stream = container.streams.video[0]
                 stream.thread_type = "AUTO"
                 late, seconds = (float((n or 0) * stream.time_base) for n in (stream.start_time, stream.duration))
-                seconds = seconds or (container.duration or 0) / av.time_base  # .mkv and .webm say it only here
+                seconds = seconds or (container.duration or 0) / av.time_base - late  # .mkv, .webm say it only here
                 shortest = 1 / float(stream.average_rate or cfg.fps)
                 room = seconds - wanted[-1] - max(shortest, 1 / cfg.fps)
                 if not still and room < -1e-6:                       # of rounding
@@ -814,12 +815,12 @@ class VideoFolder:
                 wanted = wanted + max(room, 0) * start / (self.STARTS - 1)
                 container.seek(int((wanted[0] + late) / stream.time_base), stream=stream)
                 decoded, frames = container.decode(stream), []
-                frame = next(decoded, None)
-                for moment in wanted:
-                    while frame and not still and frame.time - late < moment - shortest / 2 and (
-                            later := next(decoded, None)):
-                        frame = later
-                    if not frame or not still and moment - frame.time + late > max(shortest, self.HOLD):
+                frame, later = next(decoded, None), next(decoded, None)
+                for moment in wanted + late:
+                    while later and later.time < moment + shortest / 2:
+                        frame, later = later, next(decoded, None)
+                    stays = frame and max(shortest, self.HOLD, float((frame.duration or 0) * frame.time_base))
+                    if not frame or not (still or later) and moment - frame.time > stays:
                         raise Abort(f"{path} ends after {len(frames)} of {len(wanted)} frames: remove it or encode it "
                                     "again")
                     frames.append(self.fit(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))))
