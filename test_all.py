@@ -1678,7 +1678,7 @@ def test_micro_batches_and_recomputing_change_nothing(folder):
 
 
 def test_bf16_is_close(folder):
-    attention, seen, own = torch.nn.functional.scaled_dot_product_attention, set(), copies(folder)
+    attention, seen, search = torch.nn.functional.scaled_dot_product_attention, set(), prune.search
 
     def recorded(q, k, v, bias):
         if torch.is_grad_enabled() and torch.is_autocast_enabled("cpu"):
@@ -1686,11 +1686,18 @@ def test_bf16_is_close(folder):
         return attention(q, k, v, bias)
     orthogonal, products = vae.Muon.orthogonal, set()
     watched = lambda self, x: (y := orthogonal(self, x), products.add(y.dtype))[0]
-    with patch.object(dit.F, "scaled_dot_product_attention", recorded), patch.object(vae.Muon, "orthogonal", watched):
-        train_all(own, bf16=True)
+
+    def settled(cfg, teacher, candidates, *rest):  # of so small a DiT a rounding decides what is cut
+        search(cfg, teacher, candidates, *rest)
+        return candidates.read_out({level: torch.zeros(shape) for level, shape in candidates.shapes.items()})
+    with patch.object(prune, "search", settled):
+        train_all(copies(folder / "whole"))
+        with patch.object(dit.F, "scaled_dot_product_attention", recorded), \
+                patch.object(vae.Muon, "orthogonal", watched):
+            train_all(copies(folder / "half"), bf16=True)
     assert products == {torch.bfloat16} and torch.backends.cuda.flash_sdp_enabled()
     assert seen == {False}, "torch 2.13's takes ten times as long as plain attention in bfloat16 on a CPU, backwards"
-    for ours, whole in zip(weights(folder), alone(), strict=True):
+    for ours, whole in zip(weights(folder / "half"), weights(folder / "whole"), strict=True):
         assert 1e-6 < (ours - whole).norm() / whole.norm() < 1e-2
     assert all(module.PRESETS["toy"] | {"compile": False} == vae.TOY | {"compile": False} for module in STAGES)
     if Path("/proc/cpuinfo").exists() and not torch.cuda.is_available():
