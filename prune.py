@@ -174,7 +174,7 @@ class Search(nn.Module):
             soft = ((logits + drawn) / temperature).softmax(-1)
             hard = F.one_hot(soft.argmax(-1), soft.shape[-1])
             choice[level] = hard - soft.detach() + soft                  # straight through
-        choice["blocks"] = choice["blocks"].detach()
+        choice["blocks"] = choice["blocks"].detach()                     # but not for these
         log_p = (choice["blocks"] * self.logits["blocks"].log_softmax(-1)).sum((1, 2))           # (B,)
         updates = [(linear, lambda x, y, down=down, up=up: y + x @ down @ up)
                    for linear, down, up in zip(self.linears, self.down, self.up)]
