@@ -229,12 +229,11 @@ def load_teacher(cfg, init, about, device):
 def teach(cfg, teacher, cache, device, i):
     """Lesson i: x_t at each t of T (k, B, C, f, h, w), the clean clips they lead to, and real ones with captions.
 
-    Ours: x_t is where guided steps of the teacher lead from noise, not a noised clip: so the student will meet it when
-    it samples [54]. The random numbers are the lesson's own, so that a resumed run, which makes it later, makes the
-    same.
+    Ours: x_t is where guided steps of the teacher lead from noise along T, not a noised clip: so the student will meet
+    it when it samples [54]. From each a target is sampled in finer steps. The random numbers are the lesson's own, so
+    that a resumed run, which makes it later, makes the same.
     """
-    times = euler_times(cfg.num_steps, cfg.shift)
-    rest = [times[-2] * s for s in euler_times(cfg.target_steps, cfg.shift)]
+    times, finer = euler_times(cfg.num_steps, cfg.shift), euler_times(cfg.target_steps, cfg.shift)
     bf16 = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cfg.bf16)
     with seeded(cfg.targets * cfg.seed + i, device), bf16:
         x0, *text = draw_batch(cache, cfg.batch_size, (cfg.seed, i), device)
@@ -243,8 +242,8 @@ def teach(cfg, teacher, cache, device, i):
         path = [noise()]
         for step in zip(times, times[1:-1]):
             path.append(sample(teacher, path[-1], *text, step, *how))
-        target = sample(teacher, path[-1], *text, rest, *how)
-    return [y.cpu() for y in (torch.stack(path), target, x0, *text)]
+        targets = [sample(teacher, x_t, *text, [t * s for s in finer], *how) for x_t, t in zip(path, times)]
+    return [y.cpu() for y in (torch.stack(path), torch.stack(targets), x0, *text)]
 
 
 def training_batch(cfg, lesson, cache, device, step):
@@ -253,8 +252,8 @@ def training_batch(cfg, lesson, cache, device, step):
     i, j = map(share, draw_pairs(cfg.batch_size, cfg.num_steps, device))
     noise = lambda: draw_noise(cfg.batch_size, x0.shape[1:], device)
     if cfg.targets:
-        path, target, x0, *text = (y.to(device) for y in lesson(step % cfg.targets))
-        x_t = path[i, torch.arange(len(i), device=device)]
+        path, targets, x0, *text = (y.to(device) for y in lesson(step % cfg.targets))
+        x_t, target = (y[i, torch.arange(len(i), device=device)] for y in (path, targets))
     else:
         x0, *text = draw_batch(cache, cfg.batch_size, (cfg.seed, step), device)
         x_t, target = add_noise(x0, noise(), times[i]), x0
