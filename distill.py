@@ -33,17 +33,20 @@ from vae import (PAPER, TOY, VAE, WORLD, Abort, Training, VAEConfig, draw_noise,
 @dataclass
 class Config(LaterStage, Training):
     init: str = flag("", "generator to distil; not given: out/pruned.pt, or out/dit.pt if there is none")
-    teacher: str = flag("", "generator that makes targets of L_recon; not given: dit.pt beside init, or else init")
-    targets: int = flag(25, "Ours: batches that the teacher samples, to be targets; 0: x0 is the target, as printed")
-    target_steps: int = flag(8, "guided steps in which the teacher makes a target")
+    teacher: str = flag("", "generator that samples targets; not given: dit.pt beside init, or else init itself")
+    targets: int = flag(25, "Ours: batches (all in memory) of which the teacher samples x_t at each t of T and "
+                            "from each a target of L_recon; 0: noised clips and x0, as printed")
+    target_steps: int = flag(8, "guided steps, spaced like T, in which the teacher makes a target", least=1)
     guidance_scale: float = flag(1.5, "guidance of the teacher's steps; the student has none")
     warm_steps: int = flag(400, "Ours: steps towards the targets alone, before the adversary joins")
+    warm_lr: float = flag(1e-3, "AdamW's learning rate in these")
+    warm_muon_lr: float = flag(.01, "Muon's")
     steps: int = 200
     lr: float = flag(1e-4, "the generator's learning rate, AdamW")
     head_lr: float = flag(2e-3, "the discriminator's heads'")
     muon_lr: float = 0.
     ema: float = flag(.95, "rate of the generator's moving average")
-    num_steps: int = flag(4, "denoising steps that the generator is distilled to: k, the size of T")
+    num_steps: int = flag(4, "denoising steps that the generator is distilled to: k, the size of T", least=1)
     shift: float = flag(3., "Ours: above 1, T, which the paper does not give, is nearer to noise; 1: 1, .75, .5, .25",
                         least=1e-3)
     stochastic: bool = flag(True, "Ours: its steps draw fresh noise, as x_t does in training; --no-stochastic: Euler's")
@@ -57,10 +60,9 @@ class Config(LaterStage, Training):
     score_clips: int = flag(48, "captions of each test set whose samples are scored; 0 for none")
 
 
-WARM_LR, WARM_MUON_LR = 1e-3, .01  # of the warm start
 PRESETS = {"toy": TOY, "paper": PAPER | dict(  # Sec. 5. Ours: the batch, which the paper leaves open, and K
-    targets=0, warm_steps=0, steps=20_000, batch_size=64, shift=1., stochastic=False, lr=1e-6, head_lr=1e-4, trunk=10,
-    gpus=64)}
+    targets=0, warm_steps=0, warm_lr=1e-6, warm_muon_lr=0., steps=20_000, batch_size=64, shift=1., stochastic=False,
+    lr=1e-6, head_lr=1e-4, trunk=10, gpus=64)}
 
 
 # ------------------------------------------------------------------------------------------------ the discriminator
@@ -214,6 +216,8 @@ class Adversaries:
 
 def load_teacher(cfg, init, about, device):
     """What makes L_recon's targets, if anything does."""
+    if cfg.teacher and not cfg.targets:
+        raise Abort(f"--teacher {cfg.teacher} makes targets, of which there are none: give --targets, too")
     if not cfg.targets:
         return None
     beside = Path(about.out) / "dit.pt"
@@ -234,15 +238,16 @@ def teach(cfg, teacher, cache, device, i):
     that a resumed run, which makes it later, makes the same.
     """
     times, finer = euler_times(cfg.num_steps, cfg.shift), euler_times(cfg.target_steps, cfg.shift)
+    run = lambda *x: torch.cat([teacher(*part) for part in zip(*(y.chunk(cfg.accumulate) for y in x))])
     bf16 = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cfg.bf16)
-    with seeded(cfg.targets * cfg.seed + i, device), bf16:
+    with seeded((cfg.targets * cfg.seed + i) % 2 ** 63, device), bf16:
         x0, *text = draw_batch(cache, cfg.batch_size, (cfg.seed, i), device)
         noise = partial(draw_noise, cfg.batch_size, x0.shape[1:], device)
         how = cfg.guidance_scale, noise if cfg.stochastic else None
         path = [noise()]
         for step in zip(times, times[1:-1]):
-            path.append(sample(teacher, path[-1], *text, step, *how))
-        targets = [sample(teacher, x_t, *text, [t * s for s in finer], *how) for x_t, t in zip(path, times)]
+            path.append(sample(run, path[-1], *text, step, *how))
+        targets = [sample(run, x_t, *text, [t * s for s in finer], *how) for x_t, t in zip(path, times)]
     return [y.cpu() for y in (torch.stack(path), torch.stack(targets), x0, *text)]
 
 
@@ -265,7 +270,7 @@ def warm_start(cfg, generator, draw):
     there."""
     cfg, log, began = replace(cfg, steps=cfg.warm_steps), [], time.time()
     model, ema = copy.deepcopy(generator).requires_grad_(), copy.deepcopy(generator)
-    optimizers, loss = make_optimizers(model, WARM_LR, WARM_MUON_LR), Adversaries(cfg, model).generator_loss
+    optimizers, loss = make_optimizers(model, cfg.warm_lr, cfg.warm_muon_lr), Adversaries(cfg, model).generator_loss
     prepare(model.blocks, cfg)
     for step in progress(0, cfg.steps):
         log.append(update(loss, draw(cfg, step), optimizers, step, cfg).item())
@@ -328,7 +333,8 @@ def evaluate(table, name, models, vae, about, count, *how):
 
 
 def ablation(cfg, path, generator, draw, vae, about):
-    """Table 5's heads, and each part of the method, in equal steps; into out/ablation.txt. Returns the last row.
+    """Table 5's heads, and each part of the method, in equal steps; into out/ablation.txt. Returns the scores
+    of the paper's head.
 
     The warm start and its lessons are those of one seed; the spread is of what follows.
     """
@@ -370,7 +376,8 @@ def speed(generator, ema, vae, about, student):
 
 
 def describe(cfg, n):
-    """What vae.dry_run counts, for n clips at a time, of distilling what dit.py's preset describes; no warm start."""
+    """What vae.dry_run counts, for n clips at a time, of distilling what dit.py's preset describes: no lessons, no
+    warm start."""
     about = dit.Config(**dit.PRESETS[cfg.preset])
     shape = VAE(VAEConfig()).latent_shape(about.frames, *about.size)[1:]
     model, generator, ema = (DiT(about) for _ in "123")
@@ -389,23 +396,24 @@ def main(cfg):
     began, out, device = time.time(), Path(cfg.out), setup(cfg)
     init = cfg.init or out / ("pruned.pt" if (out / "pruned.pt").exists() else "dit.pt")
     generator, about = load_dit(init, device=device, data=cfg.data)
-    about.distilled = fingerprint(generator, "")  # by which --resume knows what it went on from
-    vae, path = load_vae(about.out, device, about.vae), out / "distilled.pt"
+    vae, path = load_vae(about.out, device, about.vae), out / ("ablation.pt" if cfg.ablation else "distilled.pt")
     print0(f"distill: {init}, {sum(p.numel() for p in generator.parameters()):,} parameters, {about.num_steps} steps "
            f"of guidance {about.guidance_scale:g} -> {cfg.num_steps} without; {WORLD} x {device.type}")
     Discriminator(generator, cfg.trunk, cfg.head)  # raises where these do not fit
+    for name, other in ("init", init), ("teacher", cfg.teacher):
+        if Path(other).resolve() == path.resolve():
+            raise Abort(f"--{name} {other} is what this run would overwrite: rename it first")
     teacher, again = load_teacher(cfg, init, about, device), cfg.resume and path.exists()
+    about.distilled = " ".join(fingerprint(m, "") for m in (generator, teacher) if m)  # by which --resume knows them
     if cfg.ablation and (about.data != "synthetic" or cfg.resume or not cfg.score_clips):
         raise Abort("--ablation takes a generator of synthetic clips, --score_clips of at least 1, and no --resume")
-    if Path(init).resolve() == path.resolve():
-        raise Abort(f"--init {init} is what this run would overwrite: rename it first")
     if again and load(path, finished=False)["generator"].get("distilled") != about.distilled:
-        raise Abort(f"{path} was not distilled from {init} as that is now: start again without --resume")
+        raise Abort(f"{path} was distilled from another generator or teacher: start again without --resume")
     cache = encode_clips(about, vae, device)
     lesson = lru_cache(None)(partial(teach, cfg, teacher, cache, device))
     draw = lambda cfg, step: training_batch(cfg, lesson, cache, device, step)
     if cfg.ablation:
-        return summary("DISTILL", ablation(cfg, out / "ablation.pt", generator, draw, vae, about), began)
+        return summary("DISTILL", ablation(cfg, path, generator, draw, vae, about), began)
     warm = warm_start(cfg, generator, draw) if cfg.warm_steps and not again else generator
     ema, student = train(cfg, path, generator, warm, draw, about)
     fast = cfg.bf16 and device.type != "cpu"  # there it costs more than it saves to convert the weights at every call

@@ -310,8 +310,6 @@ def euler_times(num_steps, shift=1., terminal=0.):
 
     terminal > 0: then stretched so that the last of several steps starts there, as LTX-Video's scheduler does.
     """
-    if num_steps < 1:
-        raise Abort(f"{num_steps} steps lead nowhere: take at least 1")
     t = torch.linspace(1, 0, num_steps + 1)
     t = shift * t / (1 + (shift - 1) * t)
     if terminal and num_steps > 1:
@@ -448,7 +446,7 @@ class GeneratorConfig(DiTConfig, DataConfig):
     text_encoder: str = flag("", "folder or Hugging Face name of T5 or another encoder; not given: a vector per word")
     num_clips: int = flag(4000, "clips that are encoded and trained on, at most", least=1)
     text_length: int = flag(12, "words or tokens of a caption, the rest is cut off")
-    num_steps: int = flag(40, "denoising steps of a sample")
+    num_steps: int = flag(40, "denoising steps of a sample", least=1)
     guidance_scale: float = flag(1.25, "classifier-free guidance of the 40-step recipe")
     stochastic: bool = flag(True, "Ours: every step draws fresh noise; --no-stochastic: Euler's method alone")
     shift: float = flag(6., "Ours: above 1, more of the sampling steps go near noise [6]", least=1e-3)
@@ -616,7 +614,6 @@ def main(cfg):
         raise Abort(f"--text_dim {cfg.text_dim} must be even, as half of it are sines of a word's place")
     if cfg.final_norm not in ("rms", "layer"):
         raise Abort(f"--final_norm {cfg.final_norm}: choose rms or layer")
-    recipe(cfg)  # raises where its steps lead nowhere
     if cfg.dry_run:
         return dry_run("DIT", cfg, partial(describe, cfg))
     began, device, path = time.time(), setup(cfg), Path(cfg.out) / "dit.pt"

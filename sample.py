@@ -34,7 +34,8 @@ class Config(LaterStage):
     prompt: str = flag("", "caption of one video, written to out/sample.FORMAT")
     prompts: str = flag("", "file of captions, one a line, whose videos are written to out/0000.FORMAT and on")
     format: str = flag("png", "png (animated), npy (uint8, (F, H, W, 3)) or mp4 (needs pip install av)")
-    num_steps: int = flag(None, "denoising steps; this and the next four, not given: what the checkpoint is made for")
+    num_steps: int = flag(None, "denoising steps; this and the next four, not given: what the checkpoint is made for",
+                          least=1)
     guidance_scale: float = flag(None, "classifier-free guidance, 1 for none")
     stochastic: bool = flag(None, "fresh noise in every step")
     frames: int = flag(None, "frames of a video")
@@ -209,7 +210,7 @@ def open_generators(cfg, path, device):
     for name, model, vae, about in found:
         given = {k: getattr(cfg, k) for k in ("num_steps", "guidance_scale", "stochastic", "frames", "size")}
         vars(about).update((k, v) for k, v in given.items() if v is not None)
-        vae.latent_shape(about.frames, *about.size), recipe(about)  # raise where these do not fit, or lead nowhere
+        vae.latent_shape(about.frames, *about.size)  # raises where these do not fit
         print0(f"sample: {name}, {sum(p.numel() for p in model.parameters()):,} parameters, {about.num_steps} "
                f"{'stochastic' if about.stochastic else 'Euler'} steps, guidance {about.guidance_scale:g}, video "
                f"{about.frames, *about.size}, {device.type}")

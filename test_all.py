@@ -263,7 +263,7 @@ def test_command_line_says_what_is_wrong(folder):
              ("100x128", "--size 100,128"), ("19 frames", "--frames 19 --ratio 4x16x16"), ("--lr -1.0", "--lr=-1"),
              ("--lr nan", "--lr nan"), ("empty.txt", f"--out {folder}/empty.txt"), ("holds no", f"--data {folder}")),
             (dit, folder, ("--nonsense", "--nonsense 3"), ("--fps 0.0", "--fps 0"), ("--num_clips 0", "--num_clips 0"),
-             ("lead nowhere", "--num_steps 0"), ("--shift 0.0", "--shift 0"), ("is even", "--width 186 --head_dim 31"),
+             ("1 or more", "--num_steps 0"), ("--shift 0.0", "--shift 0"), ("is even", "--width 186 --head_dim 31"),
              ("--text_dim 63", "--text_dim 63"), ("is even", "--head_dim 0"), ("--final_norm RMS", "--final_norm RMS"),
              ("--utilisation 0.0", "--dry_run --utilisation 0"), ("multiple of --head_dim", "--dry_run --width 200"),
              ("python vae.py first", ""), ("whole checkpoint", f"--out {folder}/broken")),
@@ -273,7 +273,7 @@ def test_command_line_says_what_is_wrong(folder):
              ("gif", "--format gif"), ("none.pt is missing", f"--preset paper --bench --checkpoint {folder}/none.pt"),
              ("whole checkpoint", f"--checkpoint {folder}/broken/vae.pt"),
              ("made by vae.py", f"--checkpoint {trained()}/vae.pt")),
-            (sample, trained(), ("none.txt", f"--prompts {folder}/none.txt"), ("lead nowhere", "--bench --num_steps 0"),
+            (sample, trained(), ("none.txt", f"--prompts {folder}/none.txt"), ("1 or more", "--bench --num_steps 0"),
              ("empty.txt", f"--prompts {folder}/empty.txt"), ("24x32", "--size 24,32"), ("--seed", f"--seed {2 ** 64}"),
              ("latin.txt is no text", f"--prompts {folder}/latin.txt"), ("purple", "--prompt PURPLE"),
              ("--score and --prompt", "--score 2 --prompt red"), ("--guidance_scale nan", "--guidance_scale nan")),
@@ -1484,9 +1484,14 @@ def test_lessons_lead_where_the_teacher_goes():
     between = dit.sample(teacher, path[3], *told, [.5, .375])            # T's shift makes .75 of half the way
     close(other(target_steps=2)[1][3], dit.sample(teacher, between, *told, [.375, 0]))
     told_v, untold_v = (teacher(path[0], torch.ones(2), *y) for y in (told, [0 * y for y in told]))
-    close(other(guidance_scale=2.)[0][1], path[0] - .1 * (2 * told_v - untold_v))
-    for changes in dict(stochastic=True), dict(seed=1):
-        assert ((other(**changes)[1] - targets)[1:].abs().flatten(1).max(1).values > 1e-3).all()
+    steps, ends, *_ = other(guidance_scale=2.)
+    close(torch.stack([steps[1], ends[0]]), torch.stack([path[0] - t * (2 * told_v - untold_v) for t in (.1, 1)]))
+    close(other(accumulate=2)[1], targets)
+    finer = other(target_steps=2)[1]
+    for lessons, changed in (targets, lesson(2)[1]), (targets, other(seed=1)[1]), \
+            (finer, other(stochastic=True, target_steps=2)[1]):
+        assert ((changed - lessons).abs().flatten(1).max(1).values > 1e-3).all()
+    assert len({clip.norm().item() for i in range(4) for clip in lesson(i)[0][0]}) == 8  # each begins in noise of its own
     assert same([x0, *told], dit.draw_batch(cache, 2, (0, 1), "cpu"))
     x_t, t, t_next, real, _, end, *captions = distill.training_batch(
         replace(cfg, seed=7), lesson, cache, "cpu", 5)                   # 1 of 4 lessons, whoever's seed takes it
@@ -1508,8 +1513,12 @@ def test_losses_of_a_step_are_eq_8_and_9():
     velocity, (s, s_next) = model(x, t, *text), (y.view(-1, 1, 1, 1, 1) for y in (t, t_next))
     fake, guess, real = x + (s_next - s) * velocity, x - s * velocity, (1 - s_next) * x0 + s_next * noise
     d_real, d_fake = discriminator(real, t_next, *text), discriminator(fake, t_next, *text)
-    close(losses.discriminator_loss(*batch)[:3],
-          torch.stack([(1 + d_real).relu().mean() + (1 - d_fake).relu().mean(), d_real.mean(), d_fake.mean()]))
+    right = torch.cat([d_real < 0, d_fake > 0]).float().mean()
+    (parts := losses.discriminator_loss(*batch))[0].backward()
+    close(parts, torch.stack([(1 + d_real).relu().mean() + (1 - d_fake).relu().mean(), d_real.mean(), d_fake.mean(),
+                              right]))
+    assert all(p.grad is None for p in model.parameters())               # it trains the heads alone
+    assert discriminator.heads[0].mlp[0].weight.grad.any() and not discriminator.heads.zero_grad()
     reconstruction = ((guess - target).flatten(1).norm(dim=1).square() + cfg.huber ** 2).sqrt().mean() - cfg.huber
     slope, = torch.autograd.grad(d_fake.mean(), fake, retain_graph=True)
     slope = 3 / 2 * F.normalize(slope.flatten(1)).view_as(slope)         # three times L_recon's at each of two clips
@@ -1547,7 +1556,7 @@ def test_discriminators_learn_and_see_what_their_sources_say():
 
 
 def test_distill_resumes_to_the_same_bits(folder):
-    cfg = replace(TINY_DISTILL, init=f"{trained()}/dit.pt", out=str(folder / "whole"))
+    cfg = replace(TINY_DISTILL, init=f"{trained()}/dit.pt", out=str(folder / "whole"), shift=2., stochastic=False)
     worth = lambda m, split, times, scale: m.table.norm().item() + 9 * len(times) + scale + (split == "open")
     with patch.object(distill, "score_samples", lambda m, vae, its, split, count, times, scale, _: dict.fromkeys(
             ("semantic", "quality", "total", "entropy"), worth(m, split, times, scale))), \
@@ -1558,8 +1567,8 @@ def test_distill_resumes_to_the_same_bits(folder):
     before, after = (dit.load_dit(path)[0] for path in (cfg.init, folder / "whole" / "distilled.pt"))
     marks = [vae.load(folder / "whole" / "distilled.pt")["generator"]["distilled"]]
     marks += [dit.fingerprint(m, "") for m in (before, after)]           # by which --resume knows what it went on from
-    assert marks[0] == marks[1] != marks[2]
-    few, many = (dit.euler_times(n) for n in (2, 3))
+    assert marks[0].split() == [marks[1], marks[1]] and marks[1] != marks[2]  # generator and teacher
+    few, many = (dit.euler_times(n) for n in (2, 3))                     # as many
     for name, *what in ("", after, few, 1), ("_undistilled", before, few, 1), ("_guided", before, many, 1.25):
         assert all(figures[f"{split}_total{name}"] == worth(what[0], split, *what[1:]) for split in ("full", "open"))
     for again in (False, True):                                          # broken off twice
@@ -1570,9 +1579,10 @@ def test_distill_resumes_to_the_same_bits(folder):
     once, twice = (vae.load(folder / name / "distilled.pt", "distilled") for name in ("whole", "parts"))
     assert (wrong := [k for k in once if k != "config" and not same(once[k], twice[k])]) == [], wrong
     with patch.object(distill, "fingerprint", lambda *_: "of another generator"):
-        aborts("as that is now", distill.main, replace(parts, resume=True))
+        aborts("generator or teacher", distill.main, replace(parts, resume=True))
     about, teacher = dit.load_dit(folder / "whole" / "distilled.pt")[1], vae.load(trained() / "dit.pt")["ema"]
-    assert not same(once["ema"], teacher) and not same(once["ema"], once["model"]) and dit.recipe(about)[1] == 1
+    assert not same(once["ema"], teacher) and not same(once["ema"], once["model"])
+    assert dit.recipe(about) == (dit.euler_times(2, cfg.shift), 1, False)
     assert read_png(folder / "whole" / "distilled.png")[0].shape == (9, 2 * 32, 6 * 32, 3)
 
 
@@ -1583,7 +1593,9 @@ def test_distill_says_what_is_wrong(folder):
     for words, flags in (("dit.py first", "--init="), ("2 blocks", "--trunk 3"), ("--head conv", "--head conv"),
                          ("text_dim 24", f"--init {folder}/wide.pt"), ("no generator", f"--init {trained()}/vae.pt"),
                          ("another VAE", f"--trunk 1 --teacher {folder}/other.pt"),
-                         ("lead nowhere", f"--trunk 1 --num_steps 0 --out {folder}/new")):
+                         ("1 or more", "--num_steps 0"), ("1 or more", "--target_steps 0"),
+                         ("--targets, too", f"--trunk 1 --targets 0 --teacher {trained()}/dit.pt"),
+                         ("--teacher", f"--trunk 1 --teacher {folder}/distilled.pt")):
         complains(words, distill, "--out", str(folder), "--init", f"{trained()}/dit.pt", *flags.split())
     shutil.copy(trained() / "dit.pt", folder / "distilled.pt")
     flags = "--trunk", "1", "--out", str(folder), "--init", f"{folder}/distilled.pt"
@@ -1628,10 +1640,11 @@ def test_distill_ablation_has_every_row(folder):
             patch.object(distill, "score_samples", Mock(wraps=distill.score_samples)) as scored:
         figures, table = distill.main(cfg), (folder / "ablation.txt").read_text().splitlines()
     assert len(table) == 1 + 4 + 6 + 3 and f"{figures['full_quality']:.3f}" in table[10]
-    rows = [(c.targets, c.adversarial_weight, c.reconstruction_weight, c.head, c.seed, warm is generator)
+    rows = [(c.steps, c.targets, c.adversarial_weight, c.reconstruction_weight, c.head, c.seed, warm is generator)
             for (c, _, generator, warm, *_), _ in trained_with.call_args_list]
-    assert rows == [(*row, seed, row[0] == 0) for row in ((0, 1, 1, "dit"), (4, 0, 1, "dit"), (4, 1, 0, "dit"),
-                    (4, 1, 1, "resblock3d"), (4, 1, 1, "resblock2d"), (4, 1, 1, "dit")) for seed in (0, 1)]
+    assert rows == [(*row, seed, row[1] == 0) for row in (
+        (6, 0, 1, 1, "dit"), (2, 4, 0, 1, "dit"), (2, 4, 1, 0, "dit"), (2, 4, 1, 1, "resblock3d"),
+        (2, 4, 1, 1, "resblock2d"), (2, 4, 1, 1, "dit")) for seed in (0, 1)]
     how = [(len(call.args[5]) - 1, call.args[6]) for call in scored.call_args_list[::2]]         # steps, guidance
     assert how == [(3, 1.25), (3, 1), (2, 1), *[(2, 1)] * 13, *((n, 1) for n in (1, 2, 8) for _ in range(2))], how
     aborts("no --resume", distill.main, replace(cfg, resume=True))

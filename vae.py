@@ -463,7 +463,7 @@ def load(path, stage=None, finished=True):
 # Flags of which a resumed run may have others: those that change no weights, and what helps against an infinite loss.
 FREE = ("resume", "out", "workers", "accumulate", "checkpointing", "compile", "log_every", "save_every", "score_clips",
         "gpus", "gpu_tflops", "utilisation")
-RATES = "lr", "muon_lr", "head_lr", "search_lr", "clip"
+RATES = "lr", "muon_lr", "head_lr", "search_lr", "warm_lr", "warm_muon_lr", "clip"
 
 
 def resume(path, cfg, modules, optimizers):
