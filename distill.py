@@ -124,8 +124,8 @@ HEADS = {"dit": DiTHead, "resblock2d": ResBlock2DHead, "resblock3d": ResBlock3DH
 
 
 class Discriminator(nn.Module):
-    """The generator's embeddings and first K blocks, frozen, and learnable heads: the paper's after the K-th block,
-    its rivals' after each of them, as their sources have it. Only the trunk tells the rivals time and caption."""
+    """The generator's embeddings and first K blocks, frozen, and learnable heads: the paper's after the K-th block;
+    Ours: its rivals' after each of them, as their sources have it. Only the trunk tells the rivals time and caption."""
 
     def __init__(self, generator, trunk, head):
         super().__init__()
@@ -135,7 +135,7 @@ class Discriminator(nn.Module):
             raise Abort(f"--trunk {trunk}: the generator has {generator.cfg.depth} blocks, take 1 to all of them")
         self.generator, self.trunk = generator, trunk
         self.heads = nn.ModuleList(HEADS[head](generator.cfg) for _ in range(1 if head == "dit" else trunk))
-        if head == "dit":  # its attention heads take the slices of RoPE that the K-th block's have
+        if head == "dit":  # Ours: its attention heads take the slices of RoPE that the K-th block's have
             self.heads[0].block.self_attn.head_ids = generator.blocks[trunk - 1].self_attn.head_ids
 
     def forward(self, latents, t, text_emb, text_mask):

@@ -31,7 +31,7 @@ from vae import (PAPER, RANK, TOY, VAE, WORLD, Abort, DataConfig, Stage, Trainin
                  reconstruct_clips, resume, save, score, script_of, setup, share, summary, update, words, write_png)
 
 # ------------------------------------------------------------------------------------------------ the model
-# LTX-Video's transformer [9], module for module. It is exported to Core ML, so shapes inside are static ints.
+# Ours: LTX-Video's transformer [9], module for module. It is exported to Core ML, so shapes inside are static ints.
 
 
 @dataclass
@@ -447,7 +447,7 @@ class GeneratorConfig(DiTConfig, DataConfig):
     num_clips: int = flag(4000, "clips that are encoded and trained on, at most", least=1)
     text_length: int = flag(12, "words or tokens of a caption, the rest is cut off")
     num_steps: int = flag(40, "denoising steps of a sample", least=1)
-    guidance_scale: float = flag(1.25, "classifier-free guidance of the 40-step recipe")
+    guidance_scale: float = flag(1.25, "Ours: classifier-free guidance of the 40-step recipe")
     stochastic: bool = flag(True, "Ours: every step draws fresh noise; --no-stochastic: Euler's method alone")
     shift: float = flag(6., "Ours: above 1, more of the sampling steps go near noise [6]", least=1e-3)
     terminal: float = flag(0., "stretch the times so that the last step starts here, as LTX-Video does; 0: do not")

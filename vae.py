@@ -851,7 +851,7 @@ def open_clips(cfg, split="train"):
 
 
 # ------------------------------------------------------------------------------------------------ the VAE (Sec. 4.1)
-# LTX-Video's VAE, version 0.9.0 [9]: 3D convolutions, causal in the encoder: latent frame k sees the first 1 + 8k
+# Ours: LTX-Video's VAE, version 0.9.0 [9]: 3D convolutions, causal in the encoder: latent frame k sees the first 1 + 8k
 # frames only, and an image is a clip of one frame. light=False is LTX's, to the last weight; light=True is the toy's.
 RATIOS = {"4x16x16": (4, 16), "4x32x32": (4, 32), "8x32x32": (8, 32), "8x64x64": (8, 64)}  # Table 3: (time, space)
 
