@@ -216,9 +216,9 @@ class Adversaries:
 
 def load_teacher(cfg, init, about, device):
     """What makes L_recon's targets, if anything does."""
-    if cfg.teacher and not cfg.targets:
-        raise Abort(f"--teacher {cfg.teacher} makes targets, of which there are none: give --targets, too")
     if not cfg.targets:
+        if cfg.teacher:
+            raise Abort(f"--teacher {cfg.teacher} makes targets, of which there are none: give --targets, too")
         return None
     beside = Path(about.out) / "dit.pt"
     path = cfg.teacher or (beside if beside.exists() else init)

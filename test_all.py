@@ -1486,12 +1486,15 @@ def test_lessons_lead_where_the_teacher_goes():
     told_v, untold_v = (teacher(path[0], torch.ones(2), *y) for y in (told, [0 * y for y in told]))
     steps, ends, *_ = other(guidance_scale=2.)
     close(torch.stack([steps[1], ends[0]]), torch.stack([path[0] - t * (2 * told_v - untold_v) for t in (.1, 1)]))
+    sizes, zero = set(), lambda x, *_: (sizes.add(len(x)), 0 * x)[1]
+    distill.teach(replace(cfg, accumulate=2), zero, cache, "cpu", 1)
+    assert sizes == {1}                                                  # micro-batches of one clip
     close(other(accumulate=2)[1], targets)
     finer = other(target_steps=2)[1]
-    for lessons, changed in (targets, lesson(2)[1]), (targets, other(seed=1)[1]), \
+    for lessons, changed in (targets, lesson(2)[1]), (targets, other(seed=2 ** 62 + 1)[1]), \
             (finer, other(stochastic=True, target_steps=2)[1]):
         assert ((changed - lessons).abs().flatten(1).max(1).values > 1e-3).all()
-    assert len({clip.norm().item() for i in range(4) for clip in lesson(i)[0][0]}) == 8  # each begins in noise of its own
+    assert len({clip.norm().item() for i in range(4) for clip in lesson(i)[0][0]}) == 8  # each its own noise
     assert same([x0, *told], dit.draw_batch(cache, 2, (0, 1), "cpu"))
     x_t, t, t_next, real, _, end, *captions = distill.training_batch(
         replace(cfg, seed=7), lesson, cache, "cpu", 5)                   # 1 of 4 lessons, whoever's seed takes it
@@ -1568,7 +1571,7 @@ def test_distill_resumes_to_the_same_bits(folder):
     marks = [vae.load(folder / "whole" / "distilled.pt")["generator"]["distilled"]]
     marks += [dit.fingerprint(m, "") for m in (before, after)]           # by which --resume knows what it went on from
     assert marks[0].split() == [marks[1], marks[1]] and marks[1] != marks[2]  # generator and teacher
-    few, many = (dit.euler_times(n) for n in (2, 3))                     # as many
+    few, many = (dit.euler_times(n) for n in (2, 3))
     for name, *what in ("", after, few, 1), ("_undistilled", before, few, 1), ("_guided", before, many, 1.25):
         assert all(figures[f"{split}_total{name}"] == worth(what[0], split, *what[1:]) for split in ("full", "open"))
     for again in (False, True):                                          # broken off twice
@@ -1595,7 +1598,7 @@ def test_distill_says_what_is_wrong(folder):
                          ("another VAE", f"--trunk 1 --teacher {folder}/other.pt"),
                          ("1 or more", "--num_steps 0"), ("1 or more", "--target_steps 0"),
                          ("--targets, too", f"--trunk 1 --targets 0 --teacher {trained()}/dit.pt"),
-                         ("--teacher", f"--trunk 1 --teacher {folder}/distilled.pt")):
+                         ("would overwrite", f"--trunk 1 --teacher {folder}/distilled.pt")):
         complains(words, distill, "--out", str(folder), "--init", f"{trained()}/dit.pt", *flags.split())
     shutil.copy(trained() / "dit.pt", folder / "distilled.pt")
     flags = "--trunk", "1", "--out", str(folder), "--init", f"{folder}/distilled.pt"
@@ -1620,8 +1623,10 @@ def test_warm_start_goes_where_the_lessons_lead(folder):
     other, about = dit.load_dit(cfg.init)
     torch.nn.init.zeros_(other.proj_out.weight)
     dit.save_dit(folder / "dit.pt", 0, replace(TINY_DIT, steps=0), about, other, other, [])
-    with patch.object(distill, "Discriminator", Mock(wraps=distill.Discriminator)) as made_of:
+    with patch.object(distill, "Discriminator", Mock(wraps=distill.Discriminator)) as made_of, \
+            patch.object(distill, "make_optimizers", Mock(wraps=distill.make_optimizers)) as rates:
         distill.main(cfg)
+    assert [call.args[1:] for call in rates.call_args_list] == [(1e-3, .01), (cfg.lr, 0), (cfg.head_lr, 0)]
     trunk, made = made_of.call_args.args[0], vae.load(folder / "distilled.pt")
     assert same(dict(trunk.state_dict()), dict(dit.load_dit(cfg.init)[0].state_dict()))  # it stays
     assert all(p.grad is None for p in trunk.parameters()) and not same(made["ema"], dict(trunk.state_dict()))
